@@ -1,0 +1,65 @@
+# The README's two commands are `make demo` and `make test`; everything else is for those who build ckptconv, or convert whole folders.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+JOBS   ?= 2
+
+.PHONY: help setup demo test lint format bench schema convert clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     set up, convert a real DataParallel checkpoint, verify it, show the screen"
+	@echo "make test     set up, run all tests"
+	@echo "make lint     style, strict types, import floors, rule files"
+	@echo "make bench    timings in pairs, as ratios"
+	@echo "make convert IN=folder OUT=folder RULES=name [ARGS='--target …']   every checkpoint under IN, only what changed"
+	@echo "make schema   write schema/rule-v1.schema.json anew"
+
+setup: $(READY)
+
+$(READY): pyproject.toml $(wildcard requirements/*.txt)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt "torch"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable . --requirement requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --no-deps --requirement requirements/models.txt
+	@touch $@
+
+demo: $(READY)
+	@mkdir -p build/demo
+	@$(BIN)/python scripts/make_demo_checkpoint.py build/demo/in.pth
+	$(BIN)/ckptconv inspect build/demo/in.pth
+	$(BIN)/ckptconv run dataparallel build/demo/in.pth build/demo/out.pth --target timm:resnet18 --force
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/ckptconv check --quiet rules
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python bench/run.py
+
+schema: $(READY)
+	$(BIN)/ckptconv schema > schema/rule-v1.schema.json
+
+# One make rule per checkpoint, so that -j works, unchanged work is skipped, and one bad file does not stop the rest.
+convert: $(READY)
+	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(RULES)" || { echo "want IN=folder OUT=folder RULES=rule" >&2; exit 2; }
+	@mkdir -p "$(OUT)"
+	@$(BIN)/python scripts/folder_rules.py "$(IN)" "$(OUT)" "$(RULES)" --command "$(abspath $(BIN))/ckptconv" $(if $(FORMAT),--format $(FORMAT)) \
+	    -- $(ARGS) > "$(OUT)/.convert.mk"
+	@rm -f "$(OUT)/.failed"; $(MAKE) --no-print-directory --keep-going --file "$(OUT)/.convert.mk" all; code=$$?; \
+	    if [ -s "$(OUT)/.failed" ]; then echo "not converted:"; sort "$(OUT)/.failed" | sed 's/^/  /'; fi; \
+	    rm -f "$(OUT)/.convert.mk" "$(OUT)/.failed"; exit $$code
+
+clean:
+	rm -rf build $(VENV)

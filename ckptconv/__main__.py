@@ -1,0 +1,49 @@
+"""``python -m ckptconv`` and the ``ckptconv`` command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: handled like Ctrl-C, so that nothing half-written stays behind."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (a signal handler's signature)
+    raise Terminated(number)
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    # `python -m` puts the working folder first on the path: a yaml.py or torch.py lying there must not be taken for the real one.
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if sys.path and os.path.abspath(sys.path[0] or ".") == os.getcwd() != here:
+        del sys.path[0]
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    from ckptconv.cli import cli
+
+    try:
+        code = cli(standalone_mode=False)
+    except Terminated as signalled:
+        code = 128 + signalled.number
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing was written under the final name\n")
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`). The work itself is done or undone; only the words have nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The whole job as functions: ``run``, ``plan``, ``convert``, ``load``, ``inspect``, ``diff``, ``verify``, ``check``.
+
+The command line calls these and nothing else. Problems come as :class:`~ckptconv.errors.CkptconvError`, all of them at once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from ckptconv import formats, target
+from ckptconv.compare import compare, explain_missing_initial
+from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, printable
+from ckptconv.layout import renamed_versions
+from ckptconv.plan import Read
+from ckptconv.planner import make_plan
+from ckptconv.report.changes import changes
+from ckptconv.report.model import Candidate, Difference, Inspection, RunReport, difference
+from ckptconv.ruleset.model import RuleFile
+from ckptconv.spec import DType, Manifest, TensorSpec
+from ckptconv.stage.opening import choose, contents_of, manifest_of_word, open_source, rule_file
+from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
+from ckptconv.stage.producing import Progress, estimate, produce
+from ckptconv.verify import Evidence, climb
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Rules = Union[str, Path, RuleFile]
+
+
+def run(
+    rules: Rules | None, source: str | Path, destination: str | Path, *, plan_file: str | Path | None = None,
+    progress: Progress | None = None, **options: Any,
+) -> RunReport:  # fmt: skip
+    """Converts ``source`` by ``rules`` (a path, a built-in name, or a :class:`RuleFile`) and writes ``destination``.
+
+    ``options`` are the fields of :class:`~ckptconv.stage.preparing.Options`. With ``plan_file``, a plan that :func:`plan` saved is run
+    and ``rules`` is None. Gives back the report; raises a :class:`~ckptconv.errors.CkptconvError` with nothing written.
+
+    >>> import tempfile, torch, ckptconv
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save({"module.weight": torch.ones(2, 3)}, folder / "in.pth")
+    >>> report = ckptconv.run("dataparallel", folder / "in.pth", folder / "out.pth")
+    >>> report.ladder.reached, list(torch.load(folder / "out.pth"))
+    ('L0 L1 L3', ['weight'])
+    """
+    started = time.monotonic()
+    chosen = Options(**options)
+    prepared = _prepared(rules, Path(source), chosen, plan_file)
+    produced = produce(prepared, Path(destination), chosen, progress)
+    notes = list(prepared.notes)
+    if produced.left_out:
+        notes.append(f"not carried along: {printable(', '.join(produced.left_out[:5]))}")
+    return RunReport(
+        "run", _rules_json(prepared), {**_source_json(prepared), "digest": produced.source_digest},
+        {"path": str(destination), "format": produced.shape.format, "files": [file.name for file in produced.layout.files],
+         "tensors": len(prepared.plan.outputs), "nbytes": produced.layout.nbytes, "written": True},
+        tuple(changes(prepared.plan)), tuple(notes), _left_behind(prepared, chosen), prepared.target.text if prepared.target else "",
+        prepared.comparison, prepared.allowed, produced.ladder,
+        {"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
+        time.monotonic() - started,
+    )  # fmt: skip
+
+
+def plan(
+    rules: Rules | None, source: str | Path, destination: str | Path | None = None, *, out: str | Path | None = None,
+    plan_file: str | Path | None = None, **options: Any,
+) -> RunReport:  # fmt: skip
+    """The dry run: what :func:`run` would write, its bytes and its peak memory. Reads headers only. ``out`` saves the plan as JSON."""
+    started = time.monotonic()
+    chosen = Options(**options)
+    prepared = _prepared(rules, Path(source), chosen, plan_file)
+    shape, layout, peak = estimate(prepared, Path(destination) if destination is not None else None, chosen)
+    if out is not None:
+        write_text(Path(out), json.dumps(saved_plan(prepared), ensure_ascii=False, indent=1), force=chosen.force)
+    manifest = prepared.plan.manifest
+    copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if isinstance(output.expr, Read))
+    return RunReport(
+        "plan", _rules_json(prepared), _source_json(prepared),
+        {"path": str(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
+         "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False},
+        tuple(changes(prepared.plan)), prepared.notes, _left_behind(prepared, chosen), prepared.target.text if prepared.target else "",
+        prepared.comparison, prepared.allowed, cost={"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak},
+        seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def convert(state_dict: Mapping[str, Tensor], rules: Rules, *, set: Any = (), config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: A002
+    """The converted state_dict, in memory. Tensors that are only renamed are the given ones; ``_metadata`` is carried along.
+
+    >>> import torch, ckptconv
+    >>> ckptconv.convert({"module.bias": torch.zeros(2)}, "dataparallel")
+    OrderedDict({'bias': tensor([0., 0.])})
+    """
+    from collections import OrderedDict
+
+    from ckptconv.execute.memory_run import evaluate
+
+    made = make_plan(rule_file(rules), manifest_of_state_dict(state_dict), given=variables(set), config=config, shown_source="the state_dict")
+    out: OrderedDict[str, Tensor] = OrderedDict(evaluate(made, state_dict))
+    versions = getattr(state_dict, "_metadata", None)
+    if versions is not None:
+        renamed = {output.expr.name: output.name for output in made.outputs if isinstance(output.expr, Read)}
+        out._metadata = OrderedDict(renamed_versions(versions, renamed))  # type: ignore[attr-defined]
+    return out
+
+
+def load(
+    model: nn.Module, path: str | Path, *, rules: Rules, set: Any = (), config: str | Path | None = None, select: Sequence[str] = (),  # noqa: A002
+) -> RunReport:  # fmt: skip
+    """Converts the checkpoint at ``path`` and loads it into ``model``, strictly; no file is written.
+
+    Keys that the rule's ``allow: missing`` names may stay at their initial values, and the report says which. Raises
+    :class:`~ckptconv.errors.FitError` when the result does not fit, and then the model is as it was.
+    """
+    from ckptconv.execute.memory_run import LazyTensors, evaluate
+    from ckptconv.execute.sources import Sources
+
+    started = time.monotonic()
+    chosen = Options(set=set, config=Path(config) if config is not None else None, select=select, use_rule_target=False)
+    prepared = prepare(rules, Path(path), chosen)
+    wanted = manifest_of_state_dict(model.state_dict(keep_vars=True))
+    comparison = compare(prepared.plan.manifest, wanted, prepared.allow)
+    if not comparison.fits:
+        raise FitError(comparison.problems())
+    with Sources(prepared.source.files) as opened:
+        state = evaluate(prepared.plan, LazyTensors(prepared.source.container.tensors, opened))
+    result = target.load_into(model, state, allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected)
+    if not result.loaded:
+        raise FitError(Problem("CK408", printable(result.error, 1000)))
+    return RunReport(
+        "load", _rules_json(prepared), _source_json(prepared), {"path": type(model).__name__, "tensors": len(state), "written": False},
+        tuple(changes(prepared.plan)), prepared.notes, _left_behind(prepared, chosen), type(model).__name__, comparison,
+        explain_missing_initial(comparison, wanted), seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def inspect(source: str | Path, *, select: Sequence[str] = ()) -> Inspection:
+    """What a checkpoint holds: every candidate state_dict (or the selected one). Reads headers only, never needs torch."""
+    path = Path(source)
+    contents = contents_of(path)
+    candidates = tuple(
+        Candidate(container.path, container.manifest, dict(container.skipped), dict(container.unsupported))
+        for container in ([choose(contents, select, path)] if select else contents.containers.values())
+    )
+    sizes = tuple((file.name, file.stat().st_size) for file in contents.files)
+    return Inspection(str(source), contents.format, sizes, candidates, dict(contents.metadata), dict(contents.skipped), contents.warnings)
+
+
+def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), force: bool = False, timeout: float = 300.0) -> Manifest:
+    """Writes the manifest of a checkpoint or target as JSON, to be a target or a side of :func:`diff` later."""
+    manifest = manifest_of_word(source, select, timeout)
+    write_text(Path(out), json.dumps(manifest.to_json(), ensure_ascii=False, indent=1) + "\n", force=force)
+    return manifest
+
+
+def diff(left: str, right: str, *, select: Sequence[str] = (), timeout: float = 300.0) -> Difference:
+    """Names, shapes, dtypes and ties of two checkpoints, saved manifests or targets compared. Files need no torch."""
+    return difference(left, manifest_of_word(left, select, timeout), right, manifest_of_word(right, select, timeout))
+
+
+def verify(
+    destination: str | Path, *, target_word: str | None = None, against: str | Path | None = None, rules: Rules | None = None,
+    level: int = 3, **options: Any,
+) -> RunReport:  # fmt: skip
+    """Climbs the verification ladder for a checkpoint that is already there; with ``against`` and ``rules`` also against its source."""
+    started = time.monotonic()
+    path = Path(destination)
+    if (against is None) != (rules is None):
+        raise UsageError(Problem("CK107", "--against and --rules belong together: the source, and how it was converted"))
+    if against is None and target_word is None:
+        raise UsageError(Problem("CK107", "verify needs a --target, or --against with --rules"))
+    chosen = Options(**{**options, "target": target_word})
+    written = open_source(path, chosen.select if rules is None else ())
+    kind = "safetensors" if written.contents.format == "safetensors" else "torch"
+    base = {"files": written.files, "read": lambda: formats.read(path), "format": kind, "timeout": chosen.timeout, "threads": chosen.threads}
+    if rules is not None and against is not None:
+        from ckptconv.execute.digest import digest_tensors
+        from ckptconv.execute.sources import Sources
+
+        prepared = prepare(rules, Path(against), chosen)
+        with Sources(prepared.source.files) as opened:
+            digests = digest_tensors(opened, prepared.source.container.tensors, threads=chosen.threads)
+        evidence = Evidence(**base, plan=prepared.plan, source=prepared.source.container.tensors, source_files=prepared.source.files,
+                            source_digests=digests, target=prepared.target, wanted=prepared.wanted, allow=prepared.allow)  # fmt: skip
+        about = _rules_json(prepared), _source_json(prepared), tuple(changes(prepared.plan)), prepared.notes
+    else:
+        assert target_word is not None
+        wanted_target = target.parse(target_word, origin="command line", base=None)
+        wanted = target.manifest_of(wanted_target, timeout=chosen.timeout)
+        evidence = Evidence(**base, target=wanted_target, wanted=wanted)
+        about = {}, {}, (), written.contents.warnings
+    ladder = climb(evidence, level)
+    return RunReport(
+        "verify", about[0], about[1],
+        {"path": str(destination), "format": kind, "files": [file.name for file in written.files], "tensors": len(written.manifest),
+         "nbytes": written.manifest.nbytes, "written": False, "recorded": _recorded(written.contents.metadata)},
+        about[2], about[3], {}, target_word or "", ladder=ladder, seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def check(rules: Sequence[str | Path]) -> list[tuple[str, tuple[Problem, ...]]]:
+    """Validates rule files: (file, its problems) for each, no problems where it is right. Names of built-in rules work too."""
+    found: list[tuple[str, tuple[Problem, ...]]] = []
+    for word in rules:
+        try:
+            rule_file(word)
+        except CkptconvError as error:
+            found.append((str(word), error.problems))
+        else:
+            found.append((str(word), ()))
+    return found
+
+
+def manifest_of_state_dict(state_dict: Mapping[str, Any]) -> Manifest:
+    """Names, shapes, dtypes and ties of a state_dict's tensors; what is not a tensor is left out."""
+    tensors: dict[str, TensorSpec] = {}
+    shared: dict[Any, list[str]] = {}
+    for name, value in state_dict.items():
+        if not hasattr(value, "dtype") or not hasattr(value, "data_ptr"):
+            continue
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype not in DType.__members__:
+            raise UsageError(Problem("CK305", f"{printable(name)} has dtype {dtype}, which cannot be converted"))
+        tensors[name] = TensorSpec(tuple(value.shape), DType(dtype))
+        if value.numel():
+            place = id(value) if value.is_meta else (value.data_ptr(), tuple(value.stride()), dtype)
+            shared.setdefault((place, tuple(value.shape)), []).append(name)
+    return Manifest(tensors, tuple(tuple(names) for names in shared.values() if len(names) > 1))
+
+
+def _prepared(rules: Rules | None, source: Path, options: Options, plan_file: str | Path | None) -> Prepared:
+    if (rules is None) == (plan_file is None):
+        raise UsageError(Problem("CK107", "give either RULES or --plan FILE"))
+    return prepare(rules, source, options) if rules is not None else prepare_saved(Path(str(plan_file)), source, options)
+
+
+def _rules_json(prepared: Prepared) -> dict[str, Any]:
+    return {"rules": prepared.label, "file": prepared.rules_file, "digest": f"sha256:{prepared.rules_digest}"}
+
+
+def _source_json(prepared: Prepared) -> dict[str, Any]:
+    source = prepared.source
+    return {
+        "path": str(source.path), "format": source.contents.format, "container": source.container.path, "tensors": len(source.manifest),
+        "parameters": source.manifest.numel, "nbytes": source.manifest.nbytes, "fingerprint": source.manifest.fingerprint,
+    }  # fmt: skip
+
+
+def _left_behind(prepared: Prepared, options: Options) -> dict[str, str]:
+    """What the source holds beside the chosen state_dict, and is not written."""
+    found = {f"{prepared.source.container.path}: {name}": kind for name, kind in prepared.source.container.skipped.items()}
+    found.update(prepared.source.contents.skipped)
+    tree = prepared.source.contents.tree
+    if isinstance(tree, Mapping) and prepared.source.container.path != "." and not options.keep_extras:
+        head = prepared.source.container.path.split(".")[0]
+        for key, value in tree.items():
+            if str(key) != head and str(key) not in found:
+                found[str(key)] = type(value).__name__ if not hasattr(value, "name") else str(value.name)
+    return found
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value.strip() for key, value in metadata.items() if key.startswith("ckptconv.")}
+
+
+def write_text(path: Path, text: str, *, force: bool) -> None:
+    """Writes a small file as everything is written: beside its place first, then renamed."""
+    from ckptconv.execute.staging import Staging
+
+    with Staging(path, is_folder=False, force=force) as staging:
+        staging.path_of(path.name).write_text(text, encoding="utf-8")
+        staging.publish(sync=False)

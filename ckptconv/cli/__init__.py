@@ -1,0 +1,310 @@
+"""The command line: parse, call one function, print, exit code. Heavy imports happen inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptconv._version import __version__
+from ckptconv.cli.running import Output, guarded
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _rule_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    from ckptconv.ruleset.builtin import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+class _Rules(click.ParamType):
+    """A rule file's path or a built-in name; completes both."""
+
+    name = "rules"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        names = [CompletionItem(name) for name in _rule_names(ctx, param, incomplete)]
+        return names or [CompletionItem(incomplete, type="file")]
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_TALK = _options(
+    click.option("--json", "as_json", is_flag=True, help="print the report as JSON"),
+    click.option("-q", "--quiet", is_flag=True, help="print errors only"),
+    click.option("-v", "--verbose", count=True, help="say more: every change, every note, where each comes from"),
+)
+_TARGET = click.option("--target", metavar="T", help="what the result must load into: py:module:factory, timm:NAME, hf:FOLDER, a checkpoint or a saved manifest")
+_SELECT = click.option("--select", multiple=True, metavar="NAME", help="which state_dict of the file (state_dict, model_ema, …); the first that exists")
+_TIMEOUT = click.option("--timeout", type=float, default=300.0, show_default=True, metavar="SECONDS", help="for building the target")
+_THREADS = click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="workers that copy and compute")
+_CONVERSION = _options(
+    _TARGET,
+    click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file"),
+    click.option("--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"),
+    _SELECT,
+    click.option("--format", "format_", type=click.Choice(["torch", "safetensors"]), help="of the output; else by DST's suffix, else as SRC"),
+    click.option("--shard-size", metavar="SIZE", help="largest file of a folder output  [default: 5GB]"),
+    click.option("--keep-extras", is_flag=True, help="keep a training checkpoint's other entries (epoch, optimizer, …); .pth output only"),
+    click.option("--untie", is_flag=True, help="write tied weights as separate tensors"),
+    click.option("--force", is_flag=True, help="replace what is at DST; without it nothing is ever overwritten"),
+    _THREADS,
+    click.option("--max-memory", metavar="SIZE", help="refuse a conversion that would need more"),
+    _TIMEOUT,
+)
+
+
+class _Levels(click.ParamType):
+    """How far to verify: 0 to 3 (also L0 to L3), or none."""
+
+    name = "level"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        text = str(value).upper().removeprefix("L")
+        if text == "NONE":
+            return None
+        if text not in ("0", "1", "2", "3"):
+            self.fail("want 0, 1, 2, 3 or none", param, ctx)
+        return int(text)
+
+
+@click.group(context_settings=CONTEXT, epilog=_examples(
+    "ckptconv inspect in.pth                                what is in the file?",
+    "ckptconv run dataparallel in.pth out.pth               convert, verify, write",
+    "ckptconv plan rules/mine.yaml in.pth --target timm:resnet50",
+    "ckptconv completion bash >> ~/.bash_completion",
+))  # fmt: skip
+@click.version_option(__version__, prog_name="ckptconv", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Convert PyTorch checkpoints by rule files, make them load, and prove it.
+
+    Exit codes: 0 done, 1 findings, 2 usage or rule file, 3 input refused, 4 does not fit or not verified, 5 output or resources.
+    """
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples(
+    "ckptconv run dataparallel in.pth out.pth",
+    "ckptconv run rules/mine.yaml last.ckpt model.safetensors --target timm:resnet50 --select model_ema",
+    "ckptconv run timm-vit-to-hf-vit vit/ out/ --set H=12 --shard-size 2GB",
+    "ckptconv run --plan plan.json in.pth out.pth",
+))  # fmt: skip
+@click.argument("arguments", nargs=-1, required=True, metavar="RULES SRC DST", type=_Rules())
+@_CONVERSION
+@click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="run a saved plan in place of RULES")
+@click.option("--verify", type=_Levels(), default="3", show_default=True, metavar="LEVEL", help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values; none")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
+@click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
+@click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
+@click.option("--no-progress", is_flag=True, help="no progress bar")
+@_TALK
+def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, plan_file: Path | None, report: Path | None, dry_run: bool,
+        no_sync: bool, no_progress: bool, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
+    """Convert SRC by RULES, verify the result, and write it to DST.
+
+    RULES is a rule file or the name of a built-in rule; SRC a checkpoint file or folder. DST is written completely and verified, or not
+    at all.
+    """
+    wanted = 2 if plan_file is not None else 3
+    if len(arguments) != wanted:
+        names = "SRC DST" if plan_file is not None else "RULES SRC DST"
+        raise click.UsageError(f"want {names}, found {len(arguments)} arguments")
+    rules = None if plan_file is not None else arguments[0]
+    source, destination = arguments[-2:]
+    out = Output(as_json, quiet, verbose, report)
+    with guarded(out):
+        from ckptconv import api
+
+        settings = {**options, "set": set_, "format": format_}
+        if dry_run:
+            del settings["verify"]
+            out.run_report(api.plan(rules, source, destination, plan_file=plan_file, **settings))
+        else:
+            with out.progress(enabled=not no_progress) as progress:
+                found = api.run(rules, source, destination, plan_file=plan_file, progress=progress, sync=not no_sync, **settings)
+            out.run_report(found)
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples(
+    "ckptconv plan dataparallel in.pth",
+    "ckptconv plan rules/mine.yaml in/ out/ --target hf:in --out plan.json",
+))  # fmt: skip
+@click.argument("rules", metavar="RULES", type=_Rules())
+@click.argument("source", metavar="SRC", type=click.Path())
+@click.argument("destination", metavar="[DST]", required=False, type=click.Path())
+@_CONVERSION
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="plan.json", help="save the plan for `run --plan`")
+@_TALK
+def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None, as_json: bool,
+         quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
+    """Say what a run would do: names, shapes, lineage, bytes, peak memory. Reads headers only; nothing is written."""
+    output = Output(as_json, quiet, verbose)
+    with guarded(output):
+        from ckptconv import api
+
+        output.run_report(api.plan(rules, source, destination, out=out, set=set_, format=format_, **options))
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples(
+    "ckptconv inspect last.ckpt",
+    "ckptconv inspect model/ --match '**.attn.{p}.weight'",
+    "ckptconv inspect in.pth --save-manifest in.json",
+))  # fmt: skip
+@click.argument("source", metavar="SRC", type=click.Path())
+@click.option("--match", multiple=True, metavar="PATTERN", help="only names that match, one a line")
+@click.option("--flat", is_flag=True, help="every name on a line of its own")
+@click.option("--tree", is_flag=True, help="modules as a tree")
+@click.option("--save-manifest", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="names, shapes, dtypes and ties, for --target and diff")
+@click.option("--force", is_flag=True, help="replace FILE.json")
+@_SELECT
+@_TALK
+def inspect(source: str, match: tuple[str, ...], flat: bool, tree: bool, save_manifest: Path | None, force: bool, select: tuple[str, ...],
+            as_json: bool, quiet: bool, verbose: int) -> None:  # fmt: skip
+    """Show what a checkpoint holds: every state_dict in it, names, shapes, dtypes, sizes. Reads headers only."""
+    out = Output(as_json, quiet, verbose)
+    with guarded(out):
+        from ckptconv import api
+
+        if save_manifest is not None:
+            api.save_manifest(source, save_manifest, select=select, force=force)
+        out.inspection(api.inspect(source, select=select), flat=flat, match=match, tree=tree)
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples(
+    "ckptconv diff old.pth new.safetensors",
+    "ckptconv diff in.pth timm:resnet50",
+))  # fmt: skip
+@click.argument("left", metavar="A")
+@click.argument("right", metavar="B")
+@_SELECT
+@_TIMEOUT
+@_TALK
+def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json: bool, quiet: bool, verbose: int) -> int:
+    """Compare names, shapes, dtypes and ties of A and B (checkpoint, target or saved manifest). Exit 1 when they differ."""
+    out = Output(as_json, quiet, verbose)
+    with guarded(out):
+        from ckptconv import api
+
+        report = api.diff(left, right, select=select, timeout=timeout)
+        out.difference(report)
+        return 0 if report.equal else 1
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples(
+    "ckptconv verify out.pth --target timm:resnet50",
+    "ckptconv verify out.pth --against in.pth --rules dataparallel",
+))  # fmt: skip
+@click.argument("destination", metavar="DST", type=click.Path())
+@_TARGET
+@click.option("--against", type=click.Path(), metavar="SRC", help="the checkpoint that DST was made from")
+@click.option("--rules", type=_Rules(), metavar="RULES", help="the rules that it was made by")
+@click.option("--level", type=click.IntRange(0, 3), default=3, show_default=True, help="how far to climb")
+@click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file")
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC")
+@_SELECT
+@_THREADS
+@_TIMEOUT
+@_TALK
+def verify(destination: str, target: str | None, set_: tuple[str, ...], as_json: bool, quiet: bool, verbose: int, **options: Any) -> int:
+    """Prove a checkpoint that is already there: against a target, and against the source that it was made from."""
+    out = Output(as_json, quiet, verbose)
+    with guarded(out):
+        from ckptconv import api
+
+        report = api.verify(destination, target_word=target, set=set_, **options)
+        out.run_report(report)
+        return 4 if report.ladder.failed else 0
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples("ckptconv check rules/mine.yaml", "ckptconv check rules/", "ckptconv check dataparallel"))
+@click.argument("rules", metavar="RULES...", nargs=-1, required=True, type=_Rules())
+@_TALK
+def check(rules: tuple[str, ...], as_json: bool, quiet: bool, verbose: int) -> int:
+    """Validate rule files (or folders of them, or built-in names): all problems with file, line and column. Exit 1 when there are any."""
+    out = Output(as_json, quiet, verbose)
+    with guarded(out):
+        from ckptconv import api
+
+        found = api.check([*_expanded(rules)])
+        out.checked(found)
+        return 1 if any(problems for _, problems in found) else 0
+
+
+def _expanded(words: Iterable[str]) -> Iterable[str]:
+    for word in words:
+        folder = Path(word)
+        files = sorted(path for path in folder.rglob("*.yaml") if not path.name.endswith(".test.yaml")) if folder.is_dir() else []
+        yield from map(str, files) if files else [word]
+
+
+@cli.group(context_settings=CONTEXT)
+def rules() -> None:
+    """The rules that come with ckptconv."""
+
+
+@rules.command("list", context_settings=CONTEXT, epilog=_examples("ckptconv rules list"))
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def rules_list(as_json: bool) -> None:
+    """Name every built-in rule, with what it does."""
+    out = Output(as_json, quiet=False, verbose=0)
+    with guarded(out):
+        from ckptconv.ruleset.builtin import find, names
+
+        out.rules([find(name) for name in names()])
+
+
+@rules.command("show", context_settings=CONTEXT, epilog=_examples("ckptconv rules show dataparallel > rules/mine.yaml"))
+@click.argument("name", type=_Rules())
+def rules_show(name: str) -> None:
+    """Print a built-in rule file, to read or to start your own from."""
+    with guarded(Output(as_json=False, quiet=False, verbose=0)):
+        from ckptconv.ruleset.builtin import find, folder
+
+        found = find(name)
+        path = folder() / found.file.removeprefix("rules/") if found.builtin else Path(name)
+        click.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples("ckptconv schema > rule-v1.schema.json"))
+def schema() -> None:
+    """Print the JSON Schema of rule files, for completion and checking in editors."""
+    from ckptconv.ruleset.schema import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False, sort_keys=True))
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples("ckptconv completion bash >> ~/.bash_completion", "ckptconv completion fish > ~/.config/fish/completions/ckptconv.fish"))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes ckptconv's commands, options and rule names."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None, "the choices are click's own"
+    click.echo(kind(cli, {}, "ckptconv", "_CKPTCONV_COMPLETE").source())
+
+
+def main() -> int:
+    """The command's exit code."""
+    return int(cli(standalone_mode=False) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

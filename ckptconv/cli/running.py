@@ -1,0 +1,147 @@
+"""What all commands share: where words go, how errors end, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ckptconv.errors import Problem
+    from ckptconv.report.model import Difference, Inspection, RunReport
+    from ckptconv.ruleset.model import RuleFile
+
+Progress = Callable[[str, int, int], None]
+PIPE_WIDTH = 160
+
+
+class Output:
+    """Prints reports for people (rich text, plain when piped) or programs (JSON on stdout). Errors go to stderr."""
+
+    def __init__(self, as_json: bool, quiet: bool, verbose: int, report_file: Path | None = None) -> None:
+        self.as_json, self.quiet, self.verbose, self.report_file = as_json, quiet, verbose, report_file
+
+    @cached_property
+    def console(self) -> Console:
+        return _console(sys.stdout)
+
+    @cached_property
+    def errors(self) -> Console:
+        return _console(sys.stderr)
+
+    def json(self, data: Any) -> None:
+        click.echo(json.dumps(data, ensure_ascii=False, indent=1))
+
+    def run_report(self, report: RunReport) -> None:
+        self.write_report(report.to_json())
+        if self.as_json:
+            self.json(report.to_json())
+        elif not self.quiet:
+            from ckptconv.report.text import print_run
+
+            print_run(report, self.console, self.verbose)
+
+    def inspection(self, report: Inspection, *, flat: bool, match: Sequence[str], tree: bool) -> None:
+        if self.as_json:
+            self.json(report.to_json())
+        elif not self.quiet:
+            from ckptconv.report.text import print_inspection
+
+            print_inspection(report, self.console, flat=flat, match=match, tree=tree)
+
+    def difference(self, report: Difference) -> None:
+        if self.as_json:
+            self.json(report.to_json())
+        elif not self.quiet:
+            from ckptconv.report.text import print_difference
+
+            print_difference(report, self.console)
+
+    def checked(self, found: Sequence[tuple[str, tuple[Problem, ...]]]) -> None:
+        if self.as_json:
+            self.json([{"rules": word, "problems": [problem.to_json() for problem in problems]} for word, problems in found])
+            return
+        from ckptconv.errors import printable
+        from ckptconv.report.text import print_problems
+
+        for word, problems in found:
+            print_problems(problems, self.errors)
+            if not problems and not self.quiet:
+                click.echo(f"{printable(word)}: right")
+
+    def rules(self, found: Sequence[RuleFile]) -> None:
+        if self.as_json:
+            self.json([{"name": each.header.name, "revision": each.header.revision, "summary": each.header.summary} for each in found])
+            return
+        width = max(len(each.label) for each in found)
+        for each in found:
+            click.echo(f"{each.label:<{width}}  {each.header.summary}")
+
+    def write_report(self, data: Any) -> None:
+        """``--report FILE``: replaced as a whole, like everything that is written."""
+        if self.report_file is None:
+            return
+        from ckptconv.api import write_text
+
+        write_text(self.report_file, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
+
+    def failure(self, problems: Sequence[Problem], exit_code: int) -> None:
+        data = {"ckptconv_error": 1, "exit_code": exit_code, "problems": [problem.to_json() for problem in problems]}
+        if self.as_json:
+            self.json(data)
+        else:
+            from ckptconv.report.text import print_problems
+
+            print_problems(problems, self.errors)
+        self.write_report(data)
+
+    @contextmanager
+    def progress(self, *, enabled: bool) -> Iterator[Progress | None]:
+        """A bar on the terminal in bytes, with rate and remaining time; nothing where nobody watches."""
+        if not enabled or self.quiet or self.as_json or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=self.errors, transient=True) as bar:
+            tasks: dict[str, Any] = {}
+
+            def tell(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total)
+                bar.update(tasks[stage], completed=done)
+
+            yield tell
+
+
+def _console(stream: Any) -> Console:
+    from rich.console import Console
+
+    # A pipe has no width: lines stay whole, so that grep and diff work on them.
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH, soft_wrap=not stream.isatty())
+
+
+@contextmanager
+def guarded(out: Output) -> Iterator[None]:
+    """Ends a command with the exit code of what went wrong, every problem printed; a traceback only for a fault of our own."""
+    from ckptconv.errors import CkptconvError
+
+    try:
+        yield
+    except CkptconvError as error:
+        try:
+            out.failure(error.problems, error.exit_code)
+        except CkptconvError as second:  # the report could not be written either: say so, and keep the first reason's code
+            from ckptconv.report.text import print_problems
+
+            print_problems(second.problems, out.errors)
+        raise click.exceptions.Exit(error.exit_code) from None

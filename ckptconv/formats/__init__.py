@@ -1,0 +1,46 @@
+"""The formats that ckptconv reads and writes. A reader or a writer is one file here and one line in a table below."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from ckptconv.errors import Refusal
+from ckptconv.formats import safetensors, sharded
+from ckptconv.formats.base import Contents, Writer
+from ckptconv.formats.safetensors import SafetensorsWriter
+from ckptconv.formats.torch_zip_writer import TorchZipWriter
+
+def _late(module: str) -> Callable[[Path], Contents]:
+    return lambda path: importlib.import_module(f"ckptconv.formats.{module}").read(path)
+
+
+#: What a file's bytes say it is -> how it is read.
+READERS: Mapping[str, Callable[[Path], Contents]] = MappingProxyType({
+    "torch-zip": _late("torch_zip_reader"),
+    "torch-legacy": _late("torch_legacy"),
+    "safetensors": safetensors.read,
+})  # fmt: skip
+
+WRITERS: Mapping[str, Writer] = MappingProxyType({
+    "torch": TorchZipWriter(),
+    "safetensors": SafetensorsWriter(),
+})  # fmt: skip
+
+
+def read(path: Path, format: str | None = None) -> Contents:  # noqa: A002  (the field's own word)
+    """What the checkpoint at ``path`` holds: a file, a folder of shards, or a shard index.
+
+    The kind of a file is told from its bytes. ``format`` (``torch`` or ``safetensors``) chooses where a folder holds both, and is
+    checked for a file. Raises :class:`~ckptconv.errors.Refusal` for what is malformed, ``OSError`` for what cannot be opened.
+    """
+    if path.is_dir():
+        return sharded.read_folder(path, format)
+    if path.name.endswith(sharded.INDEX_SUFFIX):
+        return sharded.read_index(path)
+    kind = importlib.import_module("ckptconv.formats.sniff").kind_of(path)
+    if format is not None and not kind.startswith(format):
+        raise Refusal(f"the file is {kind}, not {format}", code="CK301", try_="leave --format out")
+    return READERS[kind](path)

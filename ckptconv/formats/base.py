@@ -1,0 +1,163 @@
+"""What every format gives and takes: the contents of a checkpoint as data, and the layout of an output file.
+
+A reader looks at headers only. It says which tensors there are and where their bytes lie; it never makes a tensor, never imports
+torch and never runs anything that a file asks for. A writer lays a file out from the manifest alone: every byte offset is known
+before the first weight is read, so that anyone may fill any tensor's bytes, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ckptconv.errors import Refusal
+from ckptconv.spec import Manifest, TensorSpec, is_contiguous
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of bytes in one of a checkpoint's files, on which one or more tensors are views."""
+
+    file: int  #: index into ``Contents.files``
+    offset: int  #: absolute, in bytes
+    nbytes: int
+    crc32: int | None = None  #: of all its bytes, where the container records one
+    big_endian: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One tensor of a source: its spec, and the view on its storage. Bounds were checked by the reader."""
+
+    spec: TensorSpec
+    storage: Storage
+    offset: int  #: of the first element, in bytes from the storage's start
+    strides: tuple[int, ...]  #: in elements
+    requires_grad: bool = False
+
+    @property
+    def contiguous(self) -> bool:
+        """True when the tensor is one range of bytes, so that copying it needs no tensor."""
+        return is_contiguous(self.spec.shape, self.strides) and not self.storage.big_endian
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """An object of a class that ckptconv does not know: never built, only named. ``state`` and ``arguments`` are plain data."""
+
+    name: str  #: ``argparse.Namespace``
+    state: Any = None
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A tensor of a kind that is read but cannot be converted (sparse, quantised, …); an error only when a plan needs it."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """Stands in an output's tree where the converted state_dict goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Stands in an output's tree for a tensor that is carried along beside the state_dict (an optimizer's moment, say)."""
+
+    name: str  #: of its slot; never a name of the state_dict
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class Container:
+    """One candidate state_dict of a file: flat names to placed tensors, in order."""
+
+    path: str  #: dotted way to it (``state_dict``, ``model.ema``), ``.`` for the file's top
+    tensors: Mapping[str, Placed]
+    #: ``state_dict._metadata``: module path -> ``{"version": 2}`` and the like
+    module_versions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: entries beside the tensors that are not carried: path -> what it is
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    #: tensors that are there, but of a kind that cannot be converted: name -> kind
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Names and specs; names that view the same elements of the same storage are tied."""
+        seen: dict[tuple[Any, ...], list[str]] = {}
+        for name, placed in self.tensors.items():
+            if placed.spec.numel:
+                key = (placed.storage.file, placed.storage.offset, placed.offset, placed.strides, placed.spec)
+                seen.setdefault(key, []).append(name)
+        ties = tuple(tuple(group) for group in seen.values() if len(group) > 1)
+        return Manifest({name: placed.spec for name, placed in self.tensors.items()}, ties)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything that a checkpoint holds, without its weights."""
+
+    format: str  #: ``torch``, ``torch-legacy``, ``safetensors``
+    files: tuple[Path, ...]
+    containers: Mapping[str, Container]  #: by path, best candidate first
+    tree: Any = None  #: the file's own structure: dict, list, tuple, scalars, Placed, Foreign, Unsupported
+    metadata: Mapping[str, str] = field(default_factory=dict)  #: text that the file carries about itself
+    skipped: Mapping[str, str] = field(default_factory=dict)  #: path -> class name of what is not plain data
+    warnings: tuple[str, ...] = ()
+    neighbours: tuple[Path, ...] = ()  #: other files of a folder (config.json, tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one tensor's bytes go in an output file."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One output file, laid out: its size, the place of every tensor, and the bytes that are known beforehand."""
+
+    name: str  #: relative to the destination's folder
+    format: str
+    nbytes: int
+    slots: Mapping[str, Slot]  #: by tensor name; aliases have none
+    manifest: Manifest
+    metadata: Mapping[str, str]
+    needs_crc: bool  #: the writer's ``seal`` wants the CRC-32 of every slot
+    detail: Any = None  #: the writer's own notes
+
+
+class Writer(Protocol):
+    """Lays files out, and closes them once every slot is filled."""
+
+    name: str
+
+    def refuse(self, manifest: Manifest) -> list[Refusal]:
+        """What of this manifest the format cannot hold (dtypes, names), all of it; empty when it fits."""
+        ...
+
+    def lay_out(
+        self, file_name: str, manifest: Manifest, *, metadata: Mapping[str, str], tree: Any = None,
+        module_versions: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> FileLayout:  # fmt: skip
+        """Place every tensor. Pure: equal arguments give an equal layout.
+
+        ``tree`` is the structure to write around the state_dict: plain data with one :class:`Converted` in it, and :class:`Kept`
+        tensors that get slots of their own. None: the state_dict is the whole file.
+        """
+        ...
+
+    def seal(self, layout: FileLayout, crc32: Mapping[str, int], metadata: Mapping[str, str]) -> list[tuple[int, bytes]]:
+        """All bytes outside the slots, as (offset, bytes). May be called again with other metadata of the same keys and lengths."""
+        ...
+
+
+def damaged(what: str, *, code: str = "CK302", found: str = "", try_: str = "") -> Refusal:
+    """A reader's refusal."""
+    return Refusal(what, code=code, found=found, try_=try_)

@@ -1,0 +1,216 @@
+"""The pickle inside a torch file, emitted by hand: the opcodes that torch's own ``state_dict`` pickles consist of, protocol 2.
+
+Nothing is imported and nothing is called to write it, so no torch is needed. The bytes are those that ``torch.save`` gives for the
+same objects. Format: https://docs.python.org/3/library/pickletools.html and ``torch/_utils.py``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptconv.formats.base import Converted, Kept
+from ckptconv.formats.dtypes import DTYPE_STORAGES
+from ckptconv.spec import Manifest, TensorSpec, contiguous_strides
+
+_BATCH = 1000  # items between two marks, as Python's pickler does it
+
+
+def emit(tree: Any, manifest: Manifest, module_versions: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[bytes, dict[str, int]]:
+    """The pickle of ``tree`` with the state_dict in the place of its :class:`~ckptconv.formats.base.Converted`.
+
+    Gives back the bytes, and the storages by slot name in the order of their keys: ``data/0`` is the first; the value is its size in
+    bytes. Raises ``ValueError`` for a tree without exactly one ``Converted``, or with leaves that are not plain data.
+    """
+    emitter = _Emitter(manifest, module_versions or {})
+    emitter.value(tree)
+    if emitter.converted != 1:
+        raise ValueError(f"the tree holds {emitter.converted} places for the state_dict, not one")
+    return bytes(emitter.out + b"."), emitter.storages
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the state_dict, under the name of its slot."""
+
+    name: str
+    spec: TensorSpec
+
+
+@dataclass
+class _Emitter:
+    manifest: Manifest
+    module_versions: Mapping[str, Mapping[str, Any]]
+    out: bytearray = field(default_factory=lambda: bytearray(b"\x80\x02"))
+    #: texts, and globals as (module, name), that were written before -> the opcode that fetches them
+    known: dict[str | tuple[str, str], bytes] = field(default_factory=dict)
+    puts: int = 0
+    storages: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # slot name -> storage key
+    converted: int = 0
+
+    def put(self) -> bytes:
+        """Memoise the top of the stack; the opcode that fetches it again."""
+        at = self.puts
+        self.puts += 1
+        if at < 256:
+            self.out += b"q%c" % at
+            return b"h%c" % at
+        packed = struct.pack("<I", at)
+        self.out += b"r" + packed
+        return b"j" + packed
+
+    def text(self, value: str) -> None:
+        fetch = self.known.get(value)
+        if fetch is not None:
+            self.out += fetch
+            return
+        raw = value.encode("utf-8", "surrogatepass")
+        self.out += b"X" + struct.pack("<I", len(raw)) + raw
+        self.known[value] = self.put()
+
+    def reference(self, module: str, name: str) -> None:
+        fetch = self.known.get((module, name))
+        if fetch is not None:
+            self.out += fetch
+            return
+        self.out += f"c{module}\n{name}\n".encode("ascii")
+        self.known[module, name] = self.put()
+
+    def integer(self, value: int) -> None:
+        if 0 <= value < 1 << 8:
+            self.out += b"K%c" % value
+        elif 0 <= value < 1 << 16:
+            self.out += b"M" + struct.pack("<H", value)
+        elif -(1 << 31) <= value < 1 << 31:
+            self.out += b"J" + struct.pack("<i", value)
+        else:
+            # Two's complement in as few bytes as hold the sign.
+            size = (value.bit_length() if value >= 0 else (~value).bit_length()) // 8 + 1
+            head = b"\x8a%c" % size if size < 256 else b"\x8b" + struct.pack("<i", size)
+            self.out += head + value.to_bytes(size, "little", signed=True)
+
+    def value(self, value: Any) -> None:
+        if value is None:
+            self.out += b"N"
+        elif isinstance(value, bool):
+            self.out += b"\x88" if value else b"\x89"
+        elif isinstance(value, str):
+            self.text(value)
+        elif isinstance(value, int):
+            self.integer(value)
+        elif isinstance(value, float):
+            self.out += b"G" + struct.pack(">d", value)
+        elif isinstance(value, bytes):
+            # Protocol 2 has no bytes: Python spells them as text, encoded back when loaded.
+            self.reference("_codecs", "encode")
+            self.text(value.decode("latin-1"))
+            self.text("latin1")
+            self.out += b"\x86"
+            self.put()
+            self.out += b"R"
+            self.put()
+        elif isinstance(value, tuple):
+            self.pack_tuple(value)
+        elif isinstance(value, list):
+            self.pack_list(value)
+        elif isinstance(value, Mapping):
+            self.mapping(value)
+        elif isinstance(value, _Tensor):
+            self.tensor(value.name, value.spec)
+        elif isinstance(value, Kept):
+            if value.name in self.manifest or value.name in self.keys:
+                raise ValueError(f"the slot name {value.name!r} is taken")
+            self.tensor(value.name, value.spec)
+        elif isinstance(value, Converted):
+            self.converted += 1
+            self.state_dict()
+        else:
+            raise ValueError(f"{type(value).__name__} is not plain data")
+
+    def pack_tuple(self, values: Sequence[Any]) -> None:
+        if not values:
+            self.out += b")"
+            return
+        if len(values) > 3:
+            self.out += b"("
+        for value in values:
+            self.value(value)
+        self.out += b"t" if len(values) > 3 else (b"\x85", b"\x86", b"\x87")[len(values) - 1]
+        self.put()
+
+    def pack_list(self, values: Sequence[Any]) -> None:
+        self.out += b"]"
+        self.put()
+        for at in range(0, len(values), _BATCH):
+            batch = values[at : at + _BATCH]
+            if len(batch) > 1:
+                self.out += b"("
+            for value in batch:
+                self.value(value)
+            self.out += b"e" if len(batch) > 1 else b"a"
+
+    def mapping(self, value: Mapping[Any, Any]) -> None:
+        if isinstance(value, OrderedDict):
+            self.empty_ordered_dict()
+        else:
+            self.out += b"}"
+        self.put()
+        self.items(value.items(), len(value))
+
+    def items(self, items: Iterable[tuple[Any, Any]], count: int) -> None:
+        pairs = iter(items)
+        for at in range(0, count, _BATCH):
+            size = min(_BATCH, count - at)
+            if size > 1:
+                self.out += b"("
+            for _ in range(size):
+                key, value = next(pairs)
+                self.value(key)
+                self.value(value)
+            self.out += b"u" if size > 1 else b"s"
+
+    def empty_ordered_dict(self) -> None:
+        self.reference("collections", "OrderedDict")
+        self.out += b")R"
+
+    def state_dict(self) -> None:
+        """An ``OrderedDict`` of tensors, with the attribute ``_metadata`` where module versions are known."""
+        aliases = self.manifest.aliases
+        self.empty_ordered_dict()
+        self.put()
+        tensors = ((name, _Tensor(aliases.get(name, name), spec)) for name, spec in self.manifest.tensors.items())
+        self.items(tensors, len(self.manifest))
+        if self.module_versions:
+            self.mapping({"_metadata": OrderedDict((module, dict(versions)) for module, versions in self.module_versions.items())})
+            self.out += b"b"
+
+    def tensor(self, slot: str, spec: TensorSpec) -> None:
+        """A contiguous tensor that is the whole of the storage ``slot``."""
+        key = self.keys.setdefault(slot, str(len(self.keys)))
+        self.storages[slot] = spec.nbytes
+        typed = DTYPE_STORAGES.get(spec.dtype)
+        self.reference("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
+        self.out += b"(("
+        self.text("storage")
+        self.reference(*(("torch", typed) if typed else ("torch.storage", "UntypedStorage")))
+        self.text(key)
+        self.text("cpu")
+        self.integer(spec.numel if typed else spec.nbytes)
+        self.out += b"t"
+        self.put()
+        self.out += b"QK\x00"
+        self.pack_tuple(spec.shape)
+        self.pack_tuple(contiguous_strides(spec.shape))
+        self.out += b"\x89"
+        self.empty_ordered_dict()
+        self.put()
+        if not typed:
+            self.reference("torch", spec.dtype.value)
+        self.out += b"t"
+        self.put()
+        self.out += b"R"
+        self.put()

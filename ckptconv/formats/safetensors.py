@@ -1,0 +1,260 @@
+"""safetensors: eight bytes of header length, a JSON header, and the tensors' bytes without holes.
+
+The reader is at least as strict as the reference library (https://github.com/huggingface/safetensors): it never accepts what that one
+refuses. One name per tensor is all that the format knows; further names of a tied tensor are recorded in ``__metadata__`` as
+``safetensors.torch.save_model`` does (alias -> kept name), and come back as ties.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from itertools import chain
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ckptconv.errors import Refusal, printable
+from ckptconv.formats.base import Container, Contents, Converted, FileLayout, Placed, Slot, Storage
+from ckptconv.formats.strict import opened, parse_json, read_at
+from ckptconv.names import unusable
+from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, Manifest, TensorSpec, contiguous_strides
+
+MAX_HEADER = 100_000_000  #: bytes; the reference library's own cap
+METADATA = "__metadata__"
+#: Where the data starts is a multiple of this. The reference writer keeps to 8; a cache line suits every element type.
+ALIGNMENT = 64
+MAX_DEPTH = 16  #: of what stands in a header field that nobody knows
+
+CODE_DTYPES: Mapping[str, DType] = MappingProxyType({
+    "F64": DType.float64, "F32": DType.float32, "F16": DType.float16, "BF16": DType.bfloat16, "F8_E4M3": DType.float8_e4m3fn,
+    "F8_E5M2": DType.float8_e5m2, "F8_E4M3FNUZ": DType.float8_e4m3fnuz, "F8_E5M2FNUZ": DType.float8_e5m2fnuz,
+    "F8_E8M0": DType.float8_e8m0fnu, "F4": DType.float4_e2m1fn_x2, "C64": DType.complex64, "I64": DType.int64, "I32": DType.int32,
+    "I16": DType.int16, "I8": DType.int8, "U64": DType.uint64, "U32": DType.uint32, "U16": DType.uint16, "U8": DType.uint8,
+    "BOOL": DType.bool,
+})  # fmt: skip
+DTYPE_CODES: Mapping[DType, str] = MappingProxyType({dtype: code for code, dtype in CODE_DTYPES.items()})
+#: Bits of one element as the header counts them: its F4 is one number, torch's is a pair.
+_BITS: Mapping[str, int] = {code: dtype.bits for code, dtype in CODE_DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+
+def _broken(what: str, *, found: str = "", try_: str = "") -> Refusal:
+    return Refusal(what, code="CK307", found=found, try_=try_)
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def read(path: Path) -> Contents:
+    """The tensors of a safetensors file, in the header's order, in one container ``.``.
+
+    Raises :class:`~ckptconv.errors.Refusal`: CK302 for a file that is cut off, CK307 for a header that breaks a rule; ``OSError`` when
+    the file cannot be opened.
+    """
+    with opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size < 8:
+            raise Refusal("the file is too short for safetensors", code="CK302", found=f"{size} bytes")
+        (length,) = struct.unpack("<Q", read_at(descriptor, 8, 0))
+        if length > MAX_HEADER:
+            raise _broken(f"the header says that it is longer than {MAX_HEADER:,} bytes", found=f"{length:,} bytes")
+        if 8 + length > size:
+            raise Refusal("the file ends inside its header", code="CK302", found=f"{size:,} bytes, the header needs {8 + length:,}")
+        raw = read_at(descriptor, length, 8)
+    if not raw.startswith(b"{"):
+        raise _broken("the header must be a JSON object", found=printable(repr(raw[:20])))
+    header = parse_json(raw, code="CK307")
+    metadata = _metadata(header.pop(METADATA, {}))
+    tensors, unsupported, warnings = _tensors(header, data_start=8 + length, data_nbytes=size - 8 - length)
+    aliases = {key: kept for key, kept in metadata.items() if _is_alias(key, kept, tensors) and key not in unsupported}
+    tensors |= {alias: tensors[kept] for alias, kept in aliases.items()}
+    container = Container(".", MappingProxyType(tensors), unsupported=unsupported)
+    own = {key: value for key, value in metadata.items() if key not in aliases}
+    return Contents("safetensors", (path,), {".": container}, tree=dict(tensors), metadata=own, warnings=warnings)
+
+
+def _metadata(entry: object) -> dict[str, str]:
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise _broken(f"{METADATA} must map text to text", found=printable(repr(entry)))
+    return entry
+
+
+def _is_alias(key: str, value: str, tensors: Mapping[str, object]) -> bool:
+    """True when a metadata entry means "``key`` is another name of the tensor ``value``" and is not a remark about the file."""
+    return value in tensors and key not in tensors and unusable(key) is None and key != "format" and not key.startswith("ckptconv.")
+
+
+def _tensors(header: dict[str, Any], *, data_start: int, data_nbytes: int) -> tuple[dict[str, Placed], dict[str, str], tuple[str, ...]]:
+    """The placed tensors, those of types that torch lacks, and warnings. Checks that the byte ranges tile the data."""
+    tensors: dict[str, Placed] = {}
+    unsupported: dict[str, str] = {}
+    ranges: list[tuple[int, int, str]] = []
+    unknown: list[str] = []
+    for name, entry in header.items():
+        reason = unusable(name)
+        if reason is not None:
+            raise _broken(reason, found=printable(name))
+        try:
+            code, shape, (begin, end) = _entry(entry)
+        except Refusal as refusal:
+            raise _broken(f"{printable(name)}: {refusal.what}", found=refusal.found, try_=refusal.try_) from None
+        if len(entry) > len(_FIELDS):
+            unknown.append(name)
+        ranges.append((begin, end, name))
+        if code not in CODE_DTYPES:
+            unsupported[name] = code
+            continue
+        if code == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
+        storage = Storage(0, data_start + begin, end - begin)
+        tensors[name] = Placed(TensorSpec(shape, CODE_DTYPES[code]), storage, 0, contiguous_strides(shape))
+    _check_tiling(sorted(ranges), data_nbytes)
+    return tensors, unsupported, tuple(_unknown_fields(unknown, header))
+
+
+def _entry(entry: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """Code, shape as the header gives it, and byte range of one tensor, each checked by itself and against the others."""
+    if not isinstance(entry, dict):
+        raise _broken("must be an object with dtype, shape and data_offsets", found=printable(repr(entry)))
+    missing = _FIELDS - entry.keys()
+    if missing:
+        raise _broken(f"has no {' and no '.join(sorted(missing))}")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _BITS:
+        raise _broken("unknown dtype", found=printable(repr(code)), try_=", ".join(_BITS))
+    if not _sizes(shape) or len(shape) > MAX_RANK:
+        raise _broken(f"shape must be a list of at most {MAX_RANK} sizes", found=printable(repr(shape)))
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _broken("data_offsets must be [begin, end] with begin <= end", found=printable(repr(offsets)))
+    # Zero sizes are left out: a product that overflows is one even where another axis is empty.
+    if prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        raise _broken("the shape has more elements than 64 bits can count", found=printable(repr(shape)))
+    if code == "F4" and (not shape or shape[-1] % 2):
+        raise _broken("F4 numbers come in pairs, so the last axis must be even", found=repr(shape))
+    nbits = prod(shape) * _BITS[code]
+    if nbits != 8 * (offsets[1] - offsets[0]):
+        raise _broken("shape and dtype need another number of bytes than data_offsets gives",
+                      found=f"{shape} {code} is {nbits / 8:g} bytes, {offsets} is {offsets[1] - offsets[0]:,}")  # fmt: skip
+    return code, tuple(shape), (offsets[0], offsets[1])
+
+
+def _sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item <= MAX_ELEMENTS for item in value)
+
+
+def _check_tiling(ranges: list[tuple[int, int, str]], data_nbytes: int) -> None:
+    at = 0
+    for begin, end, name in ranges:
+        if begin != at:
+            kind = "overlaps the one before it" if begin < at else "leaves a hole before it"
+            raise _broken(f"{printable(name)}: its bytes {kind}", found=f"begins at {begin:,}, the bytes before end at {at:,}")
+        at = end
+    if at > data_nbytes:
+        raise Refusal("the file is cut off", code="CK302", found=f"{data_nbytes:,} bytes of tensors, the header says {at:,}")
+    if at < data_nbytes:
+        raise _broken("bytes that belong to no tensor follow the data", found=f"{data_nbytes - at:,} bytes")
+
+
+def _unknown_fields(names: list[str], header: dict[str, Any]) -> list[str]:
+    """One warning for header fields that this reader does not know; refused only where they are nested beyond sense."""
+    fields: dict[str, None] = {}
+    for name in names:
+        for key, value in header[name].items():
+            if key not in _FIELDS:
+                fields[key] = None
+                _check_depth(value)
+    if not fields:
+        return []
+    shown = ", ".join(printable(field, 40) for field in list(fields)[:3])
+    return [f"{len(names):,} header entries have unknown fields ({shown}); they are ignored"]
+
+
+def _check_depth(value: object) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = list(chain.from_iterable(inner))
+        if not level:
+            return
+    raise _broken(f"a header field is nested deeper than {MAX_DEPTH}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+class SafetensorsWriter:
+    """Lays safetensors files out: the header in the manifest's order, the data by alignment class so that every tensor is aligned."""
+
+    name = "safetensors"
+
+    def refuse(self, manifest: Manifest) -> list[Refusal]:
+        """Names and dtypes that the format cannot hold (CK209, CK504)."""
+        refusals = []
+        for name, spec in manifest.tensors.items():
+            shown, reason = printable(name), unusable(name)
+            if reason is not None:
+                refusals.append(Refusal(reason, code="CK209", found=shown))
+            if spec.dtype not in DTYPE_CODES:
+                refusals.append(Refusal(f"{shown}: safetensors has no {spec.dtype}", code="CK504", found=str(spec),
+                                        try_="a cast step, or --to-format torch"))  # fmt: skip
+            elif spec.dtype is DType.float4_e2m1fn_x2 and not spec.shape:
+                refusals.append(Refusal(f"{shown}: safetensors counts single F4 numbers on the last axis, and this tensor has no axis",
+                                        code="CK504", found=str(spec)))  # fmt: skip
+        for alias, kept in manifest.aliases.items():
+            if alias == "format" or alias.startswith("ckptconv."):
+                refusals.append(Refusal(f"{printable(alias)}: the second name of a tie goes into {METADATA}, where this one is taken",
+                                        code="CK504", found=f"tied to {printable(kept)}", try_="rename it, or untie it"))  # fmt: skip
+        return refusals
+
+    def lay_out(
+        self, file_name: str, manifest: Manifest, *, metadata: Mapping[str, str], tree: Any = None,
+        module_versions: Mapping[str, Mapping[str, Any]] | None = None,  # noqa: ARG002  (the format has no place for them)
+    ) -> FileLayout:  # fmt: skip
+        """Place every tensor. Raises :class:`~ckptconv.errors.Refusal` (CK504) for a ``tree``, and for metadata that reads as a tie."""
+        if tree is not None and not isinstance(tree, Converted):
+            raise Refusal("safetensors holds tensors only, nothing beside the state_dict", code="CK504", try_="write a .pth file")
+        stored, aliases = manifest.stored, manifest.aliases
+        for key, value in metadata.items():
+            if key in aliases or _is_alias(key, value, stored):
+                raise Refusal(f"the metadata entry {printable(key)!r} would be read as a tie", code="CK504",
+                              found=f"{printable(key)} = {printable(value)}", try_="drop the entry")  # fmt: skip
+        begins: dict[str, int] = {}
+        at = 0
+        for name in sorted(stored, key=lambda name: -stored[name].dtype.nbytes):
+            begins[name] = at
+            at += stored[name].nbytes
+        entries = {name: _header_entry(spec, begins[name]) for name, spec in stored.items()}
+        header = _header(entries, aliases, metadata)
+        start = len(header)
+        if start > MAX_HEADER + 8:
+            raise Refusal(f"the header would pass the format's limit of {MAX_HEADER:,} bytes", code="CK504",
+                          found=f"{len(stored):,} tensors, {start:,} bytes", try_="--shard-size")  # fmt: skip
+        slots = {name: Slot(start + begins[name], spec.nbytes) for name, spec in stored.items()}
+        return FileLayout(file_name, self.name, start + at, slots, manifest, dict(metadata), needs_crc=False, detail=entries)
+
+    def seal(self, layout: FileLayout, crc32: Mapping[str, int], metadata: Mapping[str, str]) -> list[tuple[int, bytes]]:  # noqa: ARG002
+        """The header. Raises ``ValueError`` when other metadata than the layout's has another length."""
+        header = _header(layout.detail, layout.manifest.aliases, metadata)
+        start = layout.nbytes - sum(slot.nbytes for slot in layout.slots.values())
+        if len(header) != start:
+            raise ValueError(f"the header has {len(header)} bytes, {start} were laid out: metadata must keep its keys and lengths")
+        return [(0, header)]
+
+
+def _header_entry(spec: TensorSpec, begin: int) -> dict[str, Any]:
+    shape = list(spec.shape)
+    if spec.dtype is DType.float4_e2m1fn_x2:
+        shape[-1] *= 2
+    return {"dtype": DTYPE_CODES[spec.dtype], "shape": shape, "data_offsets": [begin, begin + spec.nbytes]}
+
+
+def _header(entries: Mapping[str, Any], aliases: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
+    """The file's first bytes: length, JSON, and the spaces that bring the data to its alignment."""
+    text = json.dumps({METADATA: {**metadata, "format": "pt", **aliases}, **entries}, separators=(",", ":"), ensure_ascii=False)
+    raw = text.encode("utf-8")
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    return struct.pack("<Q", len(raw)) + raw

@@ -1,0 +1,96 @@
+"""Opening strangers' files, and reading the JSON in them, without surprises. Shared by the readers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ckptconv.errors import Refusal, printable
+
+#: More digits than any 64-bit number has. Longer ones become floats: parsing them exactly costs quadratic time.
+_INT_DIGITS = 20
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor of a regular file; a pipe or a device is refused at once instead of waited for.
+
+    Raises ``OSError`` when the file cannot be opened, :class:`~ckptconv.errors.Refusal` (CK310) when it is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Refusal("not a regular file", code="CK310")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """``nbytes`` bytes from ``offset``. Raises :class:`~ckptconv.errors.Refusal` (CK302) when the file ends before."""
+    pieces, wanted = [], nbytes
+    while wanted:
+        piece = os.pread(descriptor, wanted, offset + nbytes - wanted)
+        if not piece:
+            raise Refusal("the file ends early", code="CK302", found=f"{nbytes - wanted:,} of {nbytes:,} bytes at offset {offset:,}")
+        pieces.append(piece)
+        wanted -= len(piece)
+    return b"".join(pieces)
+
+
+def parse_json(raw: bytes, *, code: str) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN, no infinite numbers, no lone surrogates, no bottomless nesting.
+
+    A negative number is given back as a float, so that ``-0`` is not taken for a size.
+
+    >>> parse_json(b'{"a": [1, -0]}', code="CK307")
+    {'a': [1, -0.0]}
+    >>> parse_json(b'{"a": 1, "a": 2}', code="CK307")
+    Traceback (most recent call last):
+    ...
+    ckptconv.errors.Refusal: the key 'a' occurs twice
+
+    Raises :class:`~ckptconv.errors.Refusal` with the ``code`` given.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise Refusal(f"the key {printable(twice)!r} occurs twice", code=code)
+        return made
+
+    def integer(digits: str) -> int | float:
+        return int(digits) if len(digits) <= _INT_DIGITS and digits[0] != "-" else number(digits)
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise Refusal("a number is out of range", code=code, found=printable(digits, 40))
+        return value
+
+    def constant(word: str) -> NoReturn:
+        raise Refusal(f"{word} is not JSON", code=code)
+
+    try:
+        text = raw.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_float=number, parse_constant=constant)
+        if "\\u" in text:
+            # Only an escape can smuggle in half a character; writing the text out again finds it.
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refusal("not UTF-8 text", code=code, found=f"byte {error.object[error.start]:#04x} at {error.start:,}") from None
+    except UnicodeEncodeError:
+        raise Refusal("a text holds a lone surrogate", code=code) from None
+    except RecursionError:
+        raise Refusal("the JSON is nested too deep", code=code) from None
+    except json.JSONDecodeError as error:
+        raise Refusal("not valid JSON", code=code, found=f"{error.msg} at character {error.pos:,}") from None
+    return parsed

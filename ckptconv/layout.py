@@ -1,0 +1,138 @@
+"""From an output's manifest to files: names, headers, and the byte offset of every tensor. Pure; nothing is opened.
+
+Layout comes before filling: once it exists, any worker may write any tensor's bytes, in any order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from ckptconv import formats
+from ckptconv.errors import Problem, Refusal, UsageError, printable
+from ckptconv.formats.base import Container, Contents, Converted, FileLayout, Foreign, Kept, Placed, Unsupported
+from ckptconv.formats.sharded import index_json, plan_shards
+from ckptconv.spec import Manifest
+
+#: What an output file's name says about its format. Inputs are told by their bytes; outputs have none yet.
+FORMAT_OF_SUFFIX: Mapping[str, str] = {
+    ".safetensors": "safetensors", ".pth": "torch", ".pt": "torch", ".bin": "torch", ".ckpt": "torch", ".th": "torch", ".tar": "torch",
+}  # fmt: skip
+_STEMS: Mapping[str, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+MAX_TREE_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All files of an output."""
+
+    files: tuple[FileLayout, ...]
+    is_folder: bool
+    index: tuple[str, bytes] | None = None  #: (file name, contents) of a sharded output
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+
+def parse_size(text: str) -> int:
+    """``5GB`` in bytes; GB is decimal, GiB is not.
+
+    >>> parse_size("5GB"), parse_size("512 MiB")
+    (5000000000, 536870912)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise UsageError(Problem("CK107", f"{printable(text)!r} is no size", try_="5GB, 500MB, 2GiB"))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+def lay_out(
+    manifest: Manifest,
+    destination: PurePath,
+    *,
+    format: str,  # noqa: A002  (the field's own word)
+    is_folder: bool,
+    shard_nbytes: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    module_versions: Mapping[str, Mapping[str, Any]] | None = None,
+    tree: Any = None,
+) -> Layout:
+    """The files that hold ``manifest``. Raises :class:`~ckptconv.errors.Refusal` (CK504) for what the format cannot hold."""
+    writer = formats.WRITERS[format]
+    refusals = writer.refuse(manifest)
+    if refusals:
+        raise UsageError([refusal.at(str(destination)) for refusal in refusals[:20]])
+    options: dict[str, Any] = {"metadata": metadata or {}, "module_versions": module_versions, "tree": tree}
+    if not is_folder:
+        return Layout((writer.lay_out(destination.name, manifest, **options),), is_folder=False)
+    stem, suffix = _STEMS[format]
+    shards = plan_shards(manifest, format, shard_nbytes, stem)
+    files = tuple(writer.lay_out(name, part, **options) for name, part in shards)
+    if len(shards) < 2:
+        return Layout(files, is_folder=True)
+    return Layout(files, is_folder=True, index=(f"{stem}{suffix}.index.json", index_json(shards, manifest.nbytes)))
+
+
+def renamed_versions(versions: Mapping[str, Mapping[str, Any]], new_name_of: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """``state_dict._metadata`` for the new names: a module's version goes where its tensors went, and so do the modules around it.
+
+    ``new_name_of`` maps source tensor names to output names, for tensors that were only renamed.
+    """
+    found: dict[str, dict[str, Any]] = {"": dict(versions[""])} if "" in versions else {}
+    for old, new in new_name_of.items():
+        old_parts, new_parts = old.split(".")[:-1], new.split(".")[:-1]
+        # Walk outwards while the two names still end alike: blocks.0.attn -> layers.0.attn maps `attn`, and then stops at the first
+        # segment that differs, which still stands for the same module.
+        while old_parts and new_parts:
+            module = versions.get(".".join(old_parts))
+            if module is not None:
+                found.setdefault(".".join(new_parts), dict(module))
+            if old_parts[-1] != new_parts[-1]:
+                break
+            old_parts, new_parts = old_parts[:-1], new_parts[:-1]
+    return found
+
+
+def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[str, Placed], list[str]]:
+    """The source's own structure with the state_dict taken out, for an output that keeps a training checkpoint's other entries.
+
+    Gives back the tree for the writer, the tensors that it carries by their slot names, and the paths of what cannot be written again
+    (objects of foreign classes, unsupported tensors). Raises :class:`~ckptconv.errors.Refusal` where the state_dict is the whole file.
+    """
+    if container.path == ".":
+        raise Refusal("the file holds nothing beside the state_dict", code="CK107", try_="leave --keep-extras out")
+    kept: dict[str, Placed] = {}
+    left_out: list[str] = []
+
+    def walk(value: Any, path: tuple[str, ...]) -> Any:
+        dotted = ".".join(path)
+        if dotted == container.path:
+            return Converted()
+        if len(path) > MAX_TREE_DEPTH:
+            raise Refusal(f"nested deeper than {MAX_TREE_DEPTH}", code="CK304")
+        if isinstance(value, Placed):
+            name = f"::{dotted}"
+            kept[name] = value
+            return Kept(name, value.spec)
+        if isinstance(value, (Foreign, Unsupported)):
+            left_out.append(dotted)
+            return None
+        if isinstance(value, Mapping):
+            return {key: walk(item, (*path, str(key))) for key, item in value.items() if not _gone(item, (*path, str(key)), left_out)}
+        if isinstance(value, (list, tuple)):
+            return type(value)(walk(item, (*path, str(at))) for at, item in enumerate(value))
+        return value
+
+    return walk(contents.tree, ()), kept, left_out
+
+
+def _gone(value: Any, path: tuple[str, ...], left_out: list[str]) -> bool:
+    if isinstance(value, (Foreign, Unsupported)):
+        left_out.append(".".join(path))
+        return True
+    return False

@@ -1,0 +1,263 @@
+"""The plan: a table of output name -> expression. Pure data; every feature of ckptconv is a walk over it.
+
+A node has exactly one output. Shape and dtype are computed when a node is built, so an expression that exists has a correct shape.
+A plan holds no path, no open file, no tensor and no torch object: it can be printed, compared, hashed, mailed, and run against any
+copy of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Union
+
+from ckptconv import transforms
+from ckptconv.spec import DType, Manifest, TensorSpec
+from ckptconv.transforms.base import Transform
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A tensor of the source, by its name there."""
+
+    name: str
+    spec: TensorSpec
+
+    @property
+    def arguments(self) -> tuple[Expr, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A tensor that no source has. ``recipe``: ``constant`` (value), ``arange`` (from value, by one), ``normal`` (std value, seed)."""
+
+    recipe: str
+    value: float | int | bool
+    seed: int
+    spec: TensorSpec
+
+    @property
+    def arguments(self) -> tuple[Expr, ...]:
+        return ()
+
+
+class Apply:
+    """A transform of other expressions. Compared by value; the hash is computed once, so large shared trees stay cheap."""
+
+    __slots__ = ("_hash", "arguments", "spec", "transform")
+    transform: Transform
+    arguments: tuple[Expr, ...]
+    spec: TensorSpec
+
+    def __init__(self, transform: Transform, arguments: tuple[Expr, ...], spec: TensorSpec) -> None:
+        object.__setattr__(self, "transform", transform)
+        object.__setattr__(self, "arguments", arguments)
+        object.__setattr__(self, "spec", spec)
+        object.__setattr__(self, "_hash", hash((transform, arguments)))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("an expression is frozen")
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined,no-any-return]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Apply) or hash(self) != hash(other):
+            return False
+        return self.transform == other.transform and self.arguments == other.arguments
+
+    def __repr__(self) -> str:
+        return f"Apply({self.transform!r}, {self.arguments!r})"
+
+
+Expr = Union[Read, Fill, Apply]
+
+
+def apply(transform: Transform, *arguments: Expr) -> Apply:
+    """The node ``transform(arguments)``. Raises :class:`~ckptconv.errors.Refusal` where the shapes do not fit."""
+    return Apply(transform, arguments, transform.infer(*(argument.spec for argument in arguments)))
+
+
+def walk(expressions: Iterable[Expr]) -> Iterator[Expr]:
+    """Every distinct node once, arguments before their users. No recursion: depth is bounded by memory only.
+
+    >>> from ckptconv.transforms import Cast
+    >>> x = Read("x", TensorSpec((2,), DType.float32))
+    >>> [type(node).__name__ for node in walk([apply(Cast(dtype=DType.float64), x), x])]
+    ['Read', 'Apply']
+    """
+    seen: set[Expr] = set()
+    for root in expressions:
+        stack: list[tuple[Expr, bool]] = [(root, False)]
+        while stack:
+            node, ready = stack.pop()
+            if node in seen:
+                continue
+            if ready or not node.arguments:
+                seen.add(node)
+                yield node
+            else:
+                stack.append((node, True))
+                stack.extend((argument, False) for argument in reversed(node.arguments))
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which line of which rule file made something."""
+
+    file: str = ""
+    line: int = 0
+    step: int = 0  #: counted from 1; 0 is no step (passed through)
+    op: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}  {self.op} (step {self.step})" if self.step else "passed through"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One line of the table. ``origin`` is the last step that touched it."""
+
+    name: str
+    expr: Expr
+    origin: Origin = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A source tensor that a step dropped on purpose, with the reason that the rule gives."""
+
+    name: str  #: as it was called when the step dropped it
+    origin: Origin
+    reason: str = ""
+    sources: tuple[str, ...] = ()  #: what it was made of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, as expressions over the source, in file order."""
+
+    source: Manifest
+    outputs: tuple[Output, ...]
+    ties: tuple[tuple[str, ...], ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    #: sentences worth saying to the user (an entry that matched nothing, a tie that was undone)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What the output will hold."""
+        return Manifest({output.name: output.expr.spec for output in self.outputs}, self.ties)
+
+    @cached_property
+    def stored(self) -> tuple[Output, ...]:
+        """The outputs that have bytes of their own: all but the aliases of ties."""
+        aliases = self.manifest.aliases
+        return tuple(output for output in self.outputs if output.name not in aliases)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the whole plan; equal plans have equal fingerprints."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:32]
+
+    def islands(self) -> list[tuple[Output, ...]]:
+        """Stored outputs in groups that share no node with each other: each group can be computed on its own, in any order."""
+        return islands(self.stored)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the nodes in a list, arguments and outputs by their number in it."""
+        number: dict[Expr, int] = {}
+        nodes: list[dict[str, Any]] = []
+        for node in walk(output.expr for output in self.outputs):
+            number[node] = len(nodes)
+            if isinstance(node, Read):
+                nodes.append({"read": node.name})
+            elif isinstance(node, Fill):
+                spec = [node.spec.dtype.value, *node.spec.shape]
+                nodes.append({"fill": node.recipe, "value": node.value, "seed": node.seed, "spec": spec})
+            else:
+                nodes.append({
+                    "apply": node.transform.model_dump(mode="json"), "of": [number[argument] for argument in node.arguments],
+                })  # fmt: skip
+        return {
+            "ckptconv_plan": 1,
+            "source": self.source.to_json(),
+            "nodes": nodes,
+            "outputs": [[output.name, number[output.expr], _origin_json(output.origin)] for output in self.outputs],
+            "ties": [list(group) for group in self.ties],
+            "dropped": [[drop.name, _origin_json(drop.origin), drop.reason, list(drop.sources)] for drop in self.dropped],
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`to_json` described, every shape inferred anew. Raises ``ValueError`` for anything else."""
+        if not isinstance(data, Mapping) or data.get("ckptconv_plan") != 1:
+            raise ValueError("not a saved plan: it has no \"ckptconv_plan\": 1")
+        try:
+            source = Manifest.from_json(data["source"])
+            nodes: list[Expr] = []
+            for item in data["nodes"]:
+                nodes.append(_node(item, nodes, source))
+            outputs = tuple(Output(name, nodes[_index(at, nodes)], Origin(*origin)) for name, at, origin in data["outputs"])
+            dropped = tuple(
+                Dropped(name, Origin(*origin), reason, tuple(sources)) for name, origin, reason, sources in data["dropped"]
+            )
+            ties = tuple(tuple(group) for group in data["ties"])
+            return Plan(source, outputs, ties, dropped, tuple(data.get("notes", ())))
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"not a saved plan: {type(error).__name__}: {error}") from None
+
+
+def islands(outputs: Sequence[Output]) -> list[tuple[Output, ...]]:
+    """Group outputs that share a node, transitively. Order within and between groups is that of ``outputs``."""
+    parent = list(range(len(outputs)))
+
+    def root(at: int) -> int:
+        while parent[at] != at:
+            parent[at] = parent[parent[at]]
+            at = parent[at]
+        return at
+
+    owner: dict[Expr, int] = {}
+    for at, output in enumerate(outputs):
+        for node in walk([output.expr]):
+            other = root(owner.setdefault(node, at))
+            mine = root(at)
+            parent[max(mine, other)] = min(mine, other)
+    groups: dict[int, list[Output]] = {}
+    for at, output in enumerate(outputs):
+        groups.setdefault(root(at), []).append(output)
+    return [tuple(group) for group in groups.values()]
+
+
+def reads(expression: Expr) -> tuple[str, ...]:
+    """The source names that an expression is made of, in order, each once."""
+    return tuple(dict.fromkeys(node.name for node in walk([expression]) if isinstance(node, Read)))
+
+
+def _origin_json(origin: Origin) -> list[Any]:
+    return [origin.file, origin.line, origin.step, origin.op]
+
+
+def _index(value: Any, nodes: Sequence[Expr]) -> int:
+    if type(value) is not int or not 0 <= value < len(nodes):
+        raise ValueError(f"not a saved plan: node {value!r} is not one of the {len(nodes)} before it")
+    return value
+
+
+def _node(item: Mapping[str, Any], nodes: Sequence[Expr], source: Manifest) -> Expr:
+    if "read" in item:
+        if item["read"] not in source:
+            raise ValueError(f"not a saved plan: it reads {item['read']!r}, which its own source does not have")
+        return Read(item["read"], source[item["read"]])
+    if "fill" in item:
+        dtype, *shape = item["spec"]
+        return Fill(item["fill"], item["value"], item["seed"], TensorSpec(tuple(shape), DType(dtype)))
+    return apply(transforms.parse(item["apply"]), *(nodes[_index(at, nodes)] for at in item["of"]))

@@ -1,0 +1,98 @@
+"""A plan in a few lines: outputs that were made in the same way are said as one change, their names collapsed to templates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptconv.names import Template, collapse
+from ckptconv.plan import Apply, Expr, Fill, Origin, Output, Plan, Read, reads
+from ckptconv.transforms import Cast, Concat, Rearrange, Reshape, Slice
+
+_DIGITS = re.compile(r"\d+")
+_VERBS: Mapping[type, str] = {Cast: "cast", Concat: "joined", Rearrange: "rearranged", Reshape: "reshaped", Slice: "split"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Several outputs made in one way by one step."""
+
+    verb: str  #: unchanged, renamed, copied, tied, split, joined, rearranged, cast, filled, dropped, …
+    sources: tuple[Template, ...]
+    outputs: tuple[Template, ...]
+    count: int
+    detail: str
+    origin: Origin
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verb": self.verb, "sources": [str(template) for template in self.sources], "outputs": [str(template) for template in self.outputs],
+            "count": self.count, "detail": self.detail, "origin": str(self.origin),
+        }  # fmt: skip
+
+
+def changes(plan: Plan) -> list[Change]:
+    """Every output and every dropped tensor of the plan, in as few lines as its steps and templates allow."""
+    aliases = plan.manifest.aliases
+    groups: dict[tuple[Any, ...], list[tuple[str, tuple[str, ...]]]] = {}
+    heads: dict[tuple[Any, ...], tuple[str, str, Origin]] = {}
+    for output in plan.outputs:
+        verb = "tied" if output.name in aliases else verb_of(output)
+        made_of = (aliases[output.name],) if verb == "tied" else reads(output.expr)
+        detail = "" if verb in ("tied", "unchanged", "renamed") else text_of(output.expr)
+        # What is only renamed by one step is one line for each source template, however many numbers the names hold.
+        key = (verb, output.origin, detail, _skeleton(output.name), _skeletons(made_of))
+        heads.setdefault(key, (verb, detail, output.origin))
+        groups.setdefault(key, []).append((output.name, made_of))
+    found = [
+        Change(heads[key][0], tuple(collapse(_flat(made_of for _, made_of in members))), tuple(collapse([name for name, _ in members])),
+               len(members), heads[key][1], heads[key][2])
+        for key, members in groups.items()
+    ]  # fmt: skip
+    return found + _dropped(plan)
+
+
+def verb_of(output: Output) -> str:
+    """One word for how an output is made."""
+    expr = output.expr
+    if isinstance(expr, Read):
+        return "unchanged" if expr.name == output.name else "copied" if output.origin.op == "copy" else "renamed"
+    if isinstance(expr, Fill):
+        return "filled"
+    return _VERBS.get(type(expr.transform), "computed")
+
+
+def text_of(expr: Expr, depth: int = 0) -> str:
+    """The expression as text, its sources as a dot: what is done, not to which tensor."""
+    if isinstance(expr, Read):
+        return "·"
+    if isinstance(expr, Fill):
+        return f"{expr.recipe} {expr.value} {expr.spec}"
+    assert isinstance(expr, Apply)
+    if depth > 4:
+        return "…"
+    arguments = [text_of(argument, depth + 1) for argument in expr.arguments[:4]]
+    if len(expr.arguments) > 4:
+        arguments = [arguments[0], f"… {len(expr.arguments)} in all"]
+    return expr.transform.describe(*arguments)
+
+
+def _dropped(plan: Plan) -> list[Change]:
+    groups: dict[tuple[Origin, str], list[str]] = {}
+    for drop in plan.dropped:
+        groups.setdefault((drop.origin, drop.reason), []).append(drop.name)
+    return [Change("dropped", tuple(collapse(names)), (), len(names), reason, origin) for (origin, reason), names in groups.items()]
+
+
+def _skeleton(name: str) -> str:
+    return _DIGITS.sub("#", name)
+
+
+def _skeletons(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_skeleton(name) for name in names))
+
+
+def _flat(groups: Iterable[tuple[str, ...]]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for name in group))

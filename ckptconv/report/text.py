@@ -1,0 +1,221 @@
+"""Reports as text for people: one screen, names as templates, readable without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from ckptconv._version import __version__
+from ckptconv.errors import Problem, printable
+from ckptconv.names import Template, collapse
+from ckptconv.report.changes import Change
+from ckptconv.report.model import Candidate, Difference, Inspection, RunReport
+from ckptconv.verify import Ladder
+
+MAX_ROWS = 40
+_MARKS: Mapping[str, tuple[str, str]] = {"passed": ("ok", "green"), "failed": ("FAILED", "bold red"), "skipped": ("–", "dim")}
+_SHOWN_LAST = ("unchanged", "dropped")
+
+
+def nbytes_text(nbytes: int) -> str:
+    """Bytes as people say them, decimal.
+
+    >>> nbytes_text(999), nbytes_text(2_300_000_000)
+    ('999 B', '2.3 GB')
+    """
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def safe(text: object, limit: int = 200) -> Text:
+    """Text of a stranger's making: no markup, no control characters."""
+    return Text(printable(text, limit))
+
+
+def print_run(report: RunReport, console: Console, verbose: int = 0) -> None:
+    """One screen for ``run``, ``plan`` and ``verify``."""
+    if report.rules:
+        head = Text.assemble((report.rules["rules"], "bold"), "  ")
+        head.append_text(safe(report.source["path"])).append(f" ({_place(report.source)})")
+        if report.destination["path"]:
+            head.append(" → ").append_text(safe(report.destination["path"]))
+            head.append(f" ({report.destination['format']})" if report.destination["format"] else "")
+        console.print(head)
+    if report.changes and report.command != "verify":
+        console.print(_changes_table(report.changes, verbose))
+    for path, kind in list(report.skipped.items())[: None if verbose else 6]:
+        console.print(Text("  left behind: ", "dim").append_text(safe(f"{path} ({kind})")))
+    if not verbose and len(report.skipped) > 6:
+        console.print(Text(f"  left behind: and {len(report.skipped) - 6} more entries", "dim"))
+    for note in report.notes[: None if verbose else 8]:
+        console.print(Text("  note: ", "yellow").append_text(safe(note, 400)))
+    if report.comparison is not None and report.command == "plan":
+        console.print(Text("  fits ", "green").append_text(safe(report.target)).append(f": {report.comparison.coverage:.1%} of its parameters are filled"))
+    if report.allowed:
+        console.print(Text("  ").append_text(safe(report.allowed, 600)))
+    _print_ladder(report.ladder, console)
+    console.print(_closing(report))
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    container = source["container"]
+    return source["format"] + ("" if container == "." else f", {printable(container)}")
+
+
+def _changes_table(changes: Sequence[Change], verbose: int) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for justify in ("left", "right", "left"):
+        table.add_column(justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
+    rows = sorted(changes, key=lambda change: _SHOWN_LAST.index(change.verb) if change.verb in _SHOWN_LAST else -1)
+    for change in rows[: None if verbose else MAX_ROWS]:
+        line = safe(_joined(change.sources)) if change.verb not in ("filled",) else Text()
+        if change.outputs and change.verb != "unchanged":
+            line.append(" → " if change.sources else "").append_text(safe(_joined(change.outputs), 400))
+        if change.detail:
+            line.append(f"   {printable(change.detail)}", "dim")
+        if verbose and change.origin.step:
+            line.append(f"   {change.origin}", "dim")
+        style = {"dropped": "yellow", "unchanged": "dim"}.get(change.verb, "cyan")
+        table.add_row(Text("  " + change.verb, style), f"{change.count:,}", line)
+    if len(rows) > MAX_ROWS and not verbose:
+        table.add_row("", "", Text(f"and {len(rows) - MAX_ROWS} more changes (-v shows all)", "dim"))
+    return table
+
+
+def _joined(templates: Sequence[Template]) -> str:
+    shown = ", ".join(template.text for template in templates[:3])
+    return shown + (f", … {len(templates)} templates" if len(templates) > 3 else "")
+
+
+def _print_ladder(ladder: Ladder, console: Console) -> None:
+    for rung in ladder.rungs:
+        mark, style = _MARKS[rung.status]
+        console.print(Text.assemble(f"  L{rung.level} ", (f"{mark:<6} ", style), f"{rung.name}: ").append_text(safe(rung.sentence, 400)))
+        for problem in rung.problems[:10]:
+            console.print(Text(printable_lines(problem, "     ")))
+
+
+def _closing(report: RunReport) -> Text:
+    where = report.destination
+    size, seconds = nbytes_text(where["nbytes"]) if "nbytes" in where else "", f"{report.seconds:.1f} s"
+    if report.command == "run":
+        files = where["files"]
+        what = f"{len(files)} files" if len(files) > 1 else ""
+        return Text("written ", "bold green").append_text(safe(where["path"])).append(f"  {where['tensors']:,} tensors, {what + ', ' if what else ''}{size}, {seconds}")
+    if report.command == "plan":
+        cost = report.cost
+        return Text.assemble(
+            ("nothing written: this is the plan  ", "bold"),
+            f"{where['tensors']:,} tensors, {size}: {nbytes_text(cost['copied_nbytes'])} copied, {nbytes_text(cost['computed_nbytes'])} computed, "
+            f"peak memory about {nbytes_text(cost['peak_nbytes'])}",
+        )  # fmt: skip
+    failed = report.ladder.failed
+    verdict = Text("not verified", "bold red") if failed else Text(f"verified {report.ladder.reached}", "bold green")
+    return verdict.append(f"  {where['tensors']:,} tensors, {size}, {seconds}")
+
+
+def printable_lines(problem: Problem, indent: str = "") -> str:
+    """A problem on several lines, each of them safe for a terminal."""
+    return "\n".join(indent + printable(line, 1200) for line in str(problem).split("\n"))
+
+
+def print_problems(problems: Iterable[Problem], console: Console) -> None:
+    """Every problem, as an error on the terminal."""
+    for problem in problems:
+        first, *rest = str(problem).split("\n")
+        console.print(Text("error: ", "bold red").append_text(safe(first, 1200)), soft_wrap=True)
+        for line in rest:
+            console.print(Text(printable(line, 1200)), soft_wrap=True)
+
+
+def print_inspection(report: Inspection, console: Console, *, flat: bool, match: Sequence[str], tree: bool) -> None:
+    """A checkpoint's candidates, names collapsed to templates, one a line (``flat``), or as a tree."""
+    head = safe(report.path)
+    head.append(f"  {report.format}, {nbytes_text(sum(size for _, size in report.files))}")
+    head.append(f" in {len(report.files)} files" if len(report.files) > 1 else "")
+    console.print(head)
+    for warning in report.warnings:
+        console.print(Text("  warning: ", "yellow").append_text(safe(warning)))
+    if not report.candidates:
+        console.print(Text("  no state_dict was found in it", "bold red"))
+    for candidate in report.candidates:
+        _print_candidate(candidate, console, flat=flat, match=match, tree=tree)
+    for path, kind in list(report.skipped.items())[:12]:
+        console.print(Text("  skipped: ", "dim").append_text(safe(f"{path} ({kind})")))
+    if len(report.skipped) > 12:
+        console.print(Text(f"  skipped: and {len(report.skipped) - 12} more", "dim"))
+    for key, value in report.metadata.items():
+        console.print(Text("  metadata: ", "dim").append_text(safe(f"{key} = {value.strip()}")))
+
+
+def _print_candidate(candidate: Candidate, console: Console, *, flat: bool, match: Sequence[str], tree: bool) -> None:
+    from ckptconv.ruleset.patterns import Pattern
+
+    manifest = candidate.manifest
+    dtypes = ", ".join(f"{dtype.value} {nbytes_text(nbytes)}" for dtype, (_, nbytes) in candidate.dtypes.items())
+    title = Text.assemble((f"  {printable(candidate.path)}", "bold"), f"  {len(manifest):,} tensors, {manifest.numel:,} parameters: {dtypes}")
+    console.print(title)
+    patterns = [Pattern.parse(text) for text in match]
+    if tree and not match:
+        console.print(_tree(candidate))
+        return
+    rows = [(name, str(spec), spec.nbytes) for name, spec in manifest.tensors.items()]
+    if patterns:
+        rows = [row for row in rows if any(pattern.match(row[0]) is not None for pattern in patterns)]
+    if not flat and not patterns:
+        rows = candidate.templates()
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for text, spec, nbytes in rows:
+        table.add_row(Text("    ").append_text(safe(text, 1024)), spec, nbytes_text(nbytes))
+    console.print(table)
+    for group in manifest.ties:
+        console.print(Text("    tied: ", "cyan").append_text(safe(" = ".join(group))))
+    for name, kind in [*candidate.unsupported.items(), *candidate.skipped.items()][:12]:
+        console.print(Text("    skipped: ", "dim").append_text(safe(f"{name} ({kind})")))
+
+
+def _tree(candidate: Candidate) -> Tree:
+    """Modules as branches, templates as leaves; numbered modules of one kind are one branch."""
+    root = Tree(Text(f"    {printable(candidate.path)}"), guide_style="dim")
+    branches: dict[str, Tree] = {"": root}
+    for text, spec, nbytes in candidate.templates():
+        parts = printable(text, 1024).split(".")
+        path = ""
+        for part in parts[:-1]:
+            parent, path = branches[path], f"{path}.{part}"
+            if path not in branches:
+                branches[path] = parent.add(Text(part))
+        branches[path].add(Text(parts[-1]).append(f"  {spec}  {nbytes_text(nbytes)}", "dim"))
+    return root
+
+
+def print_difference(report: Difference, console: Console) -> None:
+    """What differs, as templates; a sentence where nothing does."""
+    if report.equal:
+        console.print("the same names, shapes, dtypes and ties")
+        return
+    for title, names in ((f"only in {printable(report.left)}", report.only_left), (f"only in {printable(report.right)}", report.only_right)):
+        for template in collapse(names)[:MAX_ROWS]:
+            console.print(Text(f"{title}: ", "yellow").append_text(safe(template)))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, left, right in report.changed:
+        groups.setdefault((left, right), []).append(name)
+    for (left, right), members in list(groups.items())[:MAX_ROWS]:
+        for template in collapse(members):
+            console.print(Text("different: ", "yellow").append_text(safe(template)).append(f"  {left} against {right}"))
+    for tie in report.ties:
+        console.print(safe(tie, 400))
+
+
+def version_line() -> str:
+    """``ckptconv 0.1.0``."""
+    return f"ckptconv {__version__}"

@@ -1,0 +1,284 @@
+"""The rule file: what may stand in it, and how it is read.
+
+``load`` gives a :class:`RuleFile`, or raises every problem of the file at once, each with file, line, column and the nearest word that
+exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, field_validator
+
+from ckptconv._version import __version__
+from ckptconv.errors import Problem, Refusal, UsageError, printable
+from ckptconv.names import nearest
+from ckptconv.ruleset import steps, yamlfile
+from ckptconv.ruleset.expressions import parse as parse_expression
+from ckptconv.ruleset.steps.base import Condition, Patterns, Step, parse_dtype
+from ckptconv.ruleset.steps.naming import Texts
+from ckptconv.ruleset.yamlfile import YamlFile
+from ckptconv.spec import DType, TensorSpec
+
+MAX_STEPS = 10_000
+_MODIFIERS = ("when", "optional", "note")
+_VERSION = re.compile(r"(>=|<=|==|!=|<|>)\s*([0-9]+(?:\.[0-9]+){0,2})")
+_FIXED = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True)
+
+
+class Allow(BaseModel):
+    """Differences from the target that are meant, by name."""
+
+    model_config = _FIXED
+    missing: Patterns | None = Field(None, description="stay at their initial values")
+    unexpected: Patterns | None = Field(None, description="written, though the target does not know them")
+    shape: Patterns | None = None
+    dtype: Patterns | None = None
+
+
+class TargetField(BaseModel):
+    """What the result must load into, and the differences that are meant."""
+
+    model_config = _FIXED
+    model: str | None = Field(None, description="timm:NAME, hf:FOLDER (from the source's folder), or a saved manifest beside the rule file")
+    allow: Allow = Allow()
+
+
+def _spec(value: Any) -> TensorSpec:
+    """``[2, 3]`` (float32) or ``{shape: [2, 3], dtype: int64}``."""
+    shape, dtype = (value.get("shape"), value.get("dtype", "float32")) if isinstance(value, Mapping) else (value, "float32")
+    if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape) or (isinstance(value, Mapping) and set(value) - {"shape", "dtype"}):
+        raise Refusal("want [sizes] or {shape: [sizes], dtype: NAME}", code="CK102", found=printable(value))
+    return TensorSpec(tuple(shape), parse_dtype(dtype))
+
+
+_SPEC_SCHEMA = {"anyOf": [
+    {"type": "array", "items": {"type": "integer", "minimum": 0}},
+    {"type": "object", "additionalProperties": False, "required": ["shape"], "properties": {
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "dtype": {"enum": [dtype.value for dtype in DType]},
+    }},
+]}  # fmt: skip
+SpecField = Annotated[TensorSpec, PlainValidator(_spec), WithJsonSchema(_SPEC_SCHEMA)]
+
+
+class RuleTest(BaseModel):
+    """Names and shapes in, names and shapes out. ``expect: same``: the rule must not touch them. ``refuses``: the code of the problem."""
+
+    model_config = _FIXED
+    name: str = Field(min_length=1)
+    given: dict[str, SpecField] = Field(min_length=1)
+    expect: dict[str, SpecField] | Literal["same"] | None = None
+    refuses: str | None = Field(None, pattern=r"^CK[0-9]{3}$", description="the rule must refuse, with this code")
+    set: dict[str, Any] = Field(default_factory=dict, description="variables")
+    config: dict[str, Any] | None = None
+    todo: bool = Field(False, description="a known gap: fails, and may")
+
+
+class Header(BaseModel):
+    """Everything of a rule file but its steps."""
+
+    model_config = _FIXED
+    version: Literal[1] = Field(description="of the language")
+    name: str = Field(pattern=r"^[a-z0-9]+([._-][a-z0-9]+)*$", max_length=100, description="the file's stem")
+    revision: int = Field(1, ge=1, description="of this rule: raised whenever its result changes")
+    summary: str = Field(min_length=1, max_length=300)
+    description: str = ""
+    requires: str = Field("", description="ckptconv versions that can read it, as in '>=0.1'")
+    select: Texts = Field((), description="container of the checkpoint; the first that exists")
+    when: Condition | None = Field(None, description="otherwise the rule refuses the checkpoint")
+    vars: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z_0-9]*$")], Any] = Field(default_factory=dict)
+    expect_all: bool = Field(False, description="a name that no step touches is an error")
+    target: TargetField = TargetField()
+    tests: tuple[RuleTest, ...] = ()
+
+    @field_validator("vars")
+    @classmethod
+    def _expressions_parse(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for value in values.values():
+            if isinstance(value, str):
+                parse_expression(value)
+        return values
+
+    @field_validator("requires")
+    @classmethod
+    def _new_enough(cls, value: str) -> str:
+        if value and not _VERSION.fullmatch(value):
+            raise Refusal("want a comparison such as '>=0.1'", code="CK102", found=printable(value))
+        if value and not _holds(value):
+            raise Refusal(f"the rule requires ckptconv {value}; this is {__version__}", code="CK102", try_="pip install -U ckptconv")
+        return value
+
+    @field_validator("tests", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class RuleStep:
+    """A step with its place in the file."""
+
+    step: Step
+    number: int
+    line: int
+    where: str
+
+
+@dataclass(frozen=True)
+class RuleFile:
+    """A validated rule file."""
+
+    header: Header
+    steps: tuple[RuleStep, ...]
+    file: str  #: as the user named it
+    folder: Path | None  #: where `target` and `include` look
+    digest: str  #: sha256 of what the rule means: its data without tests, notes and comments
+    builtin: bool = False
+
+    @property
+    def label(self) -> str:
+        """``name@revision``, as it is recorded in outputs."""
+        return f"{self.header.name}@{self.header.revision}"
+
+
+def load(path: Path, *, shown: str | None = None, builtin: bool = False) -> RuleFile:
+    """Reads and validates a rule file. Raises :class:`~ckptconv.errors.UsageError` with every problem in it."""
+    name = shown or str(path)
+    try:
+        if not path.is_file():
+            raise UsageError(Problem("CK105", "this is not a file", where=name, try_="ckptconv rules list"))
+        with path.open("rb") as stream:
+            raw = stream.read(yamlfile.MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(Problem("CK105", f"the rule file cannot be read: {error.strerror}", where=name)) from None
+    return parse(raw, name, stem=path.stem, folder=path.parent, builtin=builtin)
+
+
+def parse(raw: bytes, name: str, *, stem: str | None = None, folder: Path | None = None, builtin: bool = False) -> RuleFile:
+    """A rule file from its bytes; ``name`` is what messages call it."""
+    document = yamlfile.load(raw, name)
+    data = document.data
+    if not isinstance(data, dict):
+        raise UsageError(Problem("CK102", "a rule file is a mapping that starts with `version: 1`", where=name, found=printable(data)))
+    problems: list[Problem] = []
+    header = _header(document, {key: value for key, value in data.items() if key != "steps"}, problems)
+    parsed = _steps(document, data.get("steps"), problems)
+    if header is not None and stem is not None and header.name != stem:
+        problems.append(Problem("CK102", f"name must be the file's stem: {stem!r}", where=document.where(("name",)), found=repr(header.name)))
+    if problems or header is None:
+        raise UsageError(problems)
+    meaning = {key: value for key, value in data.items() if key not in ("tests", "summary", "description", "revision")}
+    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    return RuleFile(header, parsed, name, folder, digest, builtin)
+
+
+def _header(document: YamlFile, data: dict[str, Any], problems: list[Problem]) -> Header | None:
+    try:
+        return Header.model_validate(data)
+    except ValidationError as error:
+        problems.extend(_problems(error, document, (), [*Header.model_fields, "steps"]))
+        return None
+
+
+def _steps(document: YamlFile, items: Any, problems: list[Problem]) -> tuple[RuleStep, ...]:
+    where = document.where(("steps",))
+    if not isinstance(items, list) or not items:
+        problems.append(Problem("CK102", "a rule file has a list of steps", where=where, found=printable(items)))
+        return ()
+    if len(items) > MAX_STEPS:
+        problems.append(Problem("CK211", f"a rule file has at most {MAX_STEPS:,} steps", where=where, found=f"{len(items):,}"))
+        return ()
+    found = []
+    for at, item in enumerate(items):
+        step = _step(document, at, item, problems)
+        if step is not None:
+            found.append(step)
+    return tuple(found)
+
+
+def _step(document: YamlFile, at: int, item: Any, problems: list[Problem]) -> RuleStep | None:
+    path: tuple[str | int, ...] = ("steps", at)
+    where = document.where(path)
+    words = [key for key in item if key not in _MODIFIERS] if isinstance(item, dict) else []
+    if len(words) != 1:
+        problems.append(Problem("CK102", "a step is one word with its fields, as in `- drop: [\"head.{p}\"]`", where=where, found=printable(item)))
+        return None
+    op = words[0]
+    kind = steps.ALL.get(op)
+    if kind is None:
+        close = nearest(op, steps.ALL)
+        hint = f"did you mean {close}?" if close else "ckptconv schema lists them: " + ", ".join(steps.ALL)
+        problems.append(Problem("CK102", f"there is no step {printable(op)!r}", where=document.where((*path, op)), try_=hint))
+        return None
+    try:
+        body = kind.short(item[op])
+        if not isinstance(body, dict):
+            raise Refusal(f"{op} wants its fields: {_field_names(kind)}", code="CK102", found=printable(body))
+        body = {**body, **{key: value for key, value in item.items() if key in _MODIFIERS}}
+        step = kind.model_validate(body)
+    except Refusal as refusal:
+        problems.append(refusal.at(document.where((*path, op))))
+        return None
+    except ValidationError as error:
+        problems.extend(_problems(error, document, (*path, op), _known_fields(kind)))
+        return None
+    line = document.places.get((*path, op), (0, 0))[0]
+    return RuleStep(step, at + 1, line, f"{document.where((*path, op))}  {op} (step {at + 1})")
+
+
+def _known_fields(kind: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _field_names(kind: type[BaseModel]) -> str:
+    return ", ".join(name for name in _known_fields(kind) if name not in _MODIFIERS)
+
+
+def _problems(error: ValidationError, document: YamlFile, base: tuple[str | int, ...], known: Iterable[str]) -> list[Problem]:
+    """pydantic's errors in the words of this house: the user's line, the user's field, what was found, what to try."""
+    found: dict[tuple[str, str], Problem] = {}
+    for item in error.errors(include_url=False):
+        path = _real_path(document, base, item["loc"])
+        where = document.where(path)
+        field = ".".join(str(part) for part in path[len(base) :]) or (str(base[-1]) if base else "rule file")
+        reason = item.get("ctx", {}).get("error")
+        value = printable(item["input"]) if not isinstance(item["input"], (dict, list)) or len(str(item["input"])) < 80 else ""
+        if isinstance(reason, Refusal):
+            problem = Problem(reason.code, reason.what, where=where, found=reason.found, try_=reason.try_)
+        elif item["type"] == "extra_forbidden":
+            close = nearest(str(item["loc"][-1]), known)
+            hint = f"did you mean {close}?" if close else "fields: " + ", ".join(known)
+            problem = Problem("CK102", f"unknown field {printable(item['loc'][-1])!r}", where=where, try_=hint)
+        elif item["type"] == "missing":
+            problem = Problem("CK102", f"field {printable(item['loc'][-1])!r} is missing", where=where)
+        else:
+            message = str(reason) if reason is not None else item["msg"][:1].lower() + item["msg"][1:]
+            problem = Problem("CK102", f"{printable(field)}: {printable(message)}", where=where, found=value)
+        found.setdefault((where, problem.what), problem)
+    return list(found.values())
+
+
+def _real_path(document: YamlFile, base: tuple[str | int, ...], loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """``loc`` without the parts that pydantic adds (union tags, ``[key]``) and the file does not have."""
+    path = base
+    for part in loc:
+        if (*path, part) in document.places:
+            path = (*path, part)
+    return path
+
+
+def _holds(requirement: str) -> bool:
+    match = _VERSION.fullmatch(requirement)
+    assert match is not None
+    wanted = tuple(int(part) for part in match[2].split("."))
+    have = tuple(int(re.match(r"[0-9]+", part)[0]) for part in __version__.split(".")[:3])  # type: ignore[index]
+    wanted, have = (*wanted, 0, 0)[:3], (*have, 0, 0)[:3]
+    return {
+        ">=": have >= wanted, "<=": have <= wanted, "==": have == wanted, "!=": have != wanted, "<": have < wanted, ">": have > wanted,
+    }[match[1]]  # fmt: skip

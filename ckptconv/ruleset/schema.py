@@ -1,0 +1,45 @@
+"""The JSON Schema of rule files, for completion and checking in editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptconv.ruleset import steps
+from ckptconv.ruleset.model import Header
+
+_MODIFIERS = ("when", "optional", "note")
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of language version 1, generated from the models that validate rule files."""
+    schema = Header.model_json_schema(by_alias=True)
+    definitions: dict[str, Any] = schema.pop("$defs", {})
+    choices = []
+    for op, kind in steps.ALL.items():
+        fields = kind.model_json_schema(by_alias=True)
+        definitions.update(fields.pop("$defs", {}))
+        modifiers = {name: fields["properties"][name] for name in _MODIFIERS}
+        body: dict[str, Any] = fields
+        shorts = _short_forms(op)
+        if op == "rename":
+            body = {"type": "object", "minProperties": 1, "description": fields["description"]}
+        choices.append({
+            "type": "object", "required": [op], "additionalProperties": False, "description": fields["description"],
+            "properties": {op: {"anyOf": [*shorts, body]} if shorts else body, **modifiers},
+        })  # fmt: skip
+    properties = schema.pop("properties")
+    properties["steps"] = {"type": "array", "minItems": 1, "items": {"anyOf": choices}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "ckptconv rule file, version 1",
+        "type": "object",
+        "additionalProperties": False,
+        "required": [*schema["required"], "steps"],
+        "properties": properties,
+        "$defs": definitions,
+    }
+
+
+def _short_forms(op: str) -> list[dict[str, Any]]:
+    text, texts = {"type": "string"}, {"type": "array", "items": {"type": "string"}}
+    return {"add_prefix": [text], "strip_prefix": [text, texts], "strip_infix": [text, texts], "drop": [text, texts], "keep": [text, texts]}.get(op, [])

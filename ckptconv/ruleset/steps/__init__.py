@@ -1,0 +1,22 @@
+"""Every step of the rule language, by the word that rule files use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ckptconv.ruleset.steps.base import Context, Entry, KeyCondition, Scope, Step, Table
+from ckptconv.ruleset.steps.choosing import Check, Copy, Drop, Keep, Tie
+from ckptconv.ruleset.steps.filling import FillStep
+from ckptconv.ruleset.steps.joining import ConcatStep, Split, Stack, Unstack
+from ckptconv.ruleset.steps.naming import AddPrefix, Rename, StripInfix, StripPrefix
+from ckptconv.ruleset.steps.shaping import CastStep, RearrangeStep, ReshapeStep, SliceStep
+
+ALL: Mapping[str, type[Step]] = {
+    step.op: step
+    for step in (
+        StripPrefix, AddPrefix, StripInfix, Rename, Drop, Keep, Copy, Tie, Check,
+        ReshapeStep, RearrangeStep, SliceStep, CastStep, Split, ConcatStep, Stack, Unstack, FillStep,
+    )
+}  # fmt: skip
+
+__all__ = ["ALL", "Context", "Entry", "KeyCondition", "Scope", "Step", "Table"]

@@ -1,0 +1,141 @@
+"""Steps from one tensor to one tensor: reshape, rearrange, slice, cast. In place (``keys``) or under a new name (``from``, ``to``)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from ckptconv.errors import Refusal, printable
+from ckptconv.plan import Expr, apply
+from ckptconv.ruleset.expressions import Lookup
+from ckptconv.ruleset.patterns import Pattern
+from ckptconv.ruleset.steps.base import (
+    Context, DTypeField, Entry, Number, Patterns, Step, Table, TemplateField, integer, rendered, replaced,
+)  # fmt: skip
+from ckptconv.transforms import Cast, Rearrange, Reshape, Slice
+
+Numbers = Annotated[tuple[Number, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
+class MapStep(Step):
+    """A step whose result has one tensor for each tensor that it matches."""
+
+    keys: Patterns | None = Field(None, description="in place: the names stay")
+    source: Patterns | None = Field(None, alias="from", description="under a new name, given by `to`")
+    to: TemplateField | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> MapStep:
+        if (self.keys is None) == (self.source is None) or (self.source is None) != (self.to is None):
+            raise Refusal(f"{self.op} wants either keys, or from and to", code="CK102")
+        if self.to is not None:
+            for pattern in self.source or ():
+                if self.to.fan(pattern.names):
+                    raise Refusal(f"{self.op} gives one tensor; {self.to.text!r} stands for several", code="CK103")
+        return self
+
+    def matched(self) -> Sequence[Pattern]:
+        return self.keys or self.source or ()
+
+    def lower(self, table: Table, context: Context) -> Table:
+        results: dict[str, list[tuple[str, Entry]]] = {}
+        for name, _, captures in self.claims(table, context):
+            lookup = context.scope.lookup(captures, table, name)
+            new = name if self.to is None else rendered(self.to, lookup, context, name)
+            if new is None:
+                continue
+            try:
+                expr = self.build(table[name].expr, lookup)
+            except Refusal as refusal:
+                context.refused(refusal, name)
+                continue
+            results[name] = [(new, Entry(expr, context.origin, table[name].identity))]
+        return replaced(table, results, context)
+
+    @abstractmethod
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:
+        """The new expression. Raises :class:`~ckptconv.errors.Refusal` where it does not fit."""
+
+
+class ReshapeStep(MapStep):
+    """Other sizes, the same elements in the same order."""
+
+    op: ClassVar[str] = "reshape"
+    shape: Numbers = Field(description="sizes; -1 once, for what remains")
+
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:
+        return apply(Reshape(shape=tuple(integer(size, lookup, "a size", -1) for size in self.shape)), expr)
+
+
+class RearrangeStep(MapStep):
+    """An einops pattern: transpose, permute, squeeze, rotary layouts, interleaving. Sizes of named axes stand beside the pattern."""
+
+    op: ClassVar[str] = "rearrange"
+    model_config = ConfigDict(
+        frozen=True, extra="allow", arbitrary_types_allowed=True, populate_by_name=True, strict=True,
+        json_schema_extra={"additionalProperties": {"type": ["integer", "string"], "description": "size of a named axis"}},
+    )  # fmt: skip
+    __pydantic_extra__: dict[str, Number]
+    pattern: str = Field(min_length=1, description="einops notation: '(h d two) ... -> (h two d) ...'")
+
+    @model_validator(mode="after")
+    def _axes_are_named(self) -> RearrangeStep:
+        axes = set(self.pattern.replace("(", " ").replace(")", " ").replace("->", " ").split())
+        strangers = [name for name in self.sizes if name not in axes]
+        if strangers:
+            raise Refusal(
+                f"{printable(strangers[0])!r} is no axis of {self.pattern!r}", code="CK102", try_="fields: keys, from, to, pattern, and the axes"
+            )
+        return self
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Axis name -> size, as expressions."""
+        return dict(self.__pydantic_extra__ or {})
+
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:
+        sizes = tuple((name, integer(size, lookup, f"axis {name}", 1)) for name, size in self.sizes.items())
+        return apply(Rearrange(pattern=self.pattern, sizes=sizes), expr)
+
+
+class SliceStep(MapStep):
+    """Some rows (columns, …) of a tensor."""
+
+    op: ClassVar[str] = "slice"
+    dim: int = 0
+    start: Number | None = Field(None, description="first index; from the end if negative")
+    stop: Number | None = Field(None, description="index after the last; from the end if negative")
+
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:
+        axis = axis_of(self.dim, expr)
+        size = expr.spec.shape[axis]
+        start = 0 if self.start is None else integer(self.start, lookup, "start")
+        stop = size if self.stop is None else integer(self.stop, lookup, "stop")
+        start, stop = (start + size if start < 0 else start), (stop + size if stop < 0 else stop)
+        if not 0 <= start <= stop <= size:
+            raise Refusal(f"{start}:{stop} is outside axis {self.dim}, which has {size}", code="CK206", found=str(expr.spec))
+        return apply(Slice(axis=axis, start=start, stop=stop), expr)
+
+
+class CastStep(MapStep):
+    """Another dtype. A finite value that becomes infinite is an error, unless `overflow` says otherwise."""
+
+    op: ClassVar[str] = "cast"
+    dtype: DTypeField
+    overflow: Literal["error", "saturate", "inf"] = "error"
+
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:  # noqa: ARG002  (the same signature for all)
+        if expr.spec.dtype == self.dtype:
+            return expr
+        return apply(Cast(dtype=self.dtype, overflow=self.overflow), expr)
+
+
+def axis_of(dim: int, expr: Expr) -> int:
+    """``dim`` counted from the front; refuses one that the tensor does not have."""
+    rank = len(expr.spec.shape)
+    if not -rank <= dim < rank:
+        raise Refusal(f"there is no dim {dim} in a tensor of rank {rank}", code="CK206", found=str(expr.spec))
+    return dim % rank

@@ -1,0 +1,1 @@
+"""The story of a conversion, told in order: open, prepare, produce."""

@@ -1,0 +1,149 @@
+"""How the words of a command become the things they mean: a source with its state_dict chosen, a config, variables, a manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptconv import formats, target
+from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, UsageError, printable
+from ckptconv.formats.base import Container, Contents
+from ckptconv.names import nearest
+from ckptconv.ruleset.builtin import find
+from ckptconv.ruleset.model import RuleFile
+from ckptconv.spec import Manifest
+
+MAX_JSON = 64 << 20
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint and the state_dict in it that is meant."""
+
+    path: Path
+    contents: Contents
+    container: Container
+    manifest: Manifest
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.contents.files
+
+
+def rule_file(rules: str | Path | RuleFile) -> RuleFile:
+    """A rule file from its path, its built-in name, or itself."""
+    return rules if isinstance(rules, RuleFile) else find(str(rules))
+
+
+def contents_of(path: Path, format: str | None = None) -> Contents:  # noqa: A002
+    """What the checkpoint at ``path`` holds. Raises :class:`~ckptconv.errors.InputError` with the file in front of the reason."""
+    try:
+        return formats.read(path, format)
+    except Refusal as refusal:
+        raise InputError(refusal.at(printable(path))) from None
+    except CkptconvError:
+        raise
+    except OSError as error:
+        raise InputError(Problem("CK310", f"the source cannot be opened: {error.strerror or error}", where=printable(path))) from None
+
+
+def open_source(path: Path, select: Sequence[str] = (), format: str | None = None) -> Source:  # noqa: A002
+    """The checkpoint at ``path`` with one state_dict chosen: the first of ``select`` that it has, or the only one."""
+    contents = contents_of(path, format)
+    container = choose(contents, select, path)
+    if container.unsupported:
+        shown = ", ".join(f"{printable(name)} ({kind})" for name, kind in list(container.unsupported.items())[:5])
+        raise InputError(
+            Problem("CK305", f"{len(container.unsupported)} tensors are of a kind that cannot be converted", where=printable(path), found=shown)
+        )
+    return Source(path, contents, container, container.manifest)
+
+
+def choose(contents: Contents, select: Sequence[str], path: Path) -> Container:
+    """The state_dict that is meant. Several and none selected is an error that lists them: `model` and `ema` are not the same weights."""
+    found = contents.containers
+    if not found:
+        raise InputError(Problem("CK309", "no state_dict was found in the file", where=printable(path), try_=f"ckptconv inspect {printable(path)}"))
+    for wanted in select:
+        if wanted in found:
+            return found[wanted]
+    listed = ", ".join(f"{printable(name)} ({len(container.tensors):,} tensors)" for name, container in list(found.items())[:8])
+    if select:
+        close = nearest(select[0], found)
+        raise InputError(
+            Problem("CK309", f"the file has no {printable(' or '.join(select))}", where=printable(path), found=listed,
+                    try_=f"--select {close or next(iter(found))}")
+        )  # fmt: skip
+    if "." in found:
+        return found["."]
+    if len(found) > 1:
+        raise InputError(
+            Problem("CK309", "the file holds several state_dicts, and none was selected", where=printable(path), found=listed,
+                    try_=f"--select {next(iter(found))}, or `select:` in the rule file")
+        )  # fmt: skip
+    return next(iter(found.values()))
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Plain JSON from a file of at most 64 MiB; :class:`~ckptconv.errors.UsageError` for anything else."""
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_JSON + 1)
+        if len(raw) > MAX_JSON:
+            raise ValueError("the file is over 64 MiB")
+        return json.loads(raw)
+    except OSError as error:
+        raise UsageError(Problem("CK107", f"{what} cannot be read: {error.strerror}", where=printable(path))) from None
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deep" if isinstance(error, RecursionError) else printable(error)
+        raise UsageError(Problem("CK107", f"{what} is not JSON: {reason}", where=printable(path))) from None
+
+
+def config_for(path: Path, given: Path | None) -> Mapping[str, Any] | None:
+    """``--config FILE``, else the ``config.json`` beside the source, else None."""
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    if given is None and not beside.is_file():
+        return None
+    config = read_json(given or beside, "the config")
+    if not isinstance(config, dict):
+        raise UsageError(Problem("CK107", "the config must be a JSON object", where=printable(given or beside)))
+    return config
+
+
+def variables(items: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """``--set H=32``: integers, numbers, true/false and JSON lists or tables are read as such, the rest is text."""
+    if isinstance(items, Mapping):
+        return dict(items)
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not _VARIABLE.fullmatch(name):
+            raise UsageError(Problem("CK107", f"--set {printable(item)}: want NAME=VALUE", try_="--set H=32"))
+        try:
+            found[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            found[name] = text
+    return found
+
+
+def parse_target(text: str, rules: RuleFile | None, source: Path | None) -> target.Target:
+    """The target named on the command line, or by the rule file (relative to the source's folder, never code)."""
+    if rules is None:
+        return target.parse(text, origin="command line", base=None)
+    base = None if source is None else source if source.is_dir() else source.parent
+    if text.endswith(".json"):
+        base = rules.folder
+    return target.parse(text, origin="rule file", base=base)
+
+
+def manifest_of_word(word: str, select: Sequence[str] = (), timeout: float = 300.0) -> Manifest:
+    """The manifest that a word of ``diff`` means: a checkpoint, a saved manifest, or a target."""
+    path = Path(word)
+    if path.exists() and path.suffix != ".json":
+        return open_source(path, select).manifest
+    return target.manifest_of(target.parse(word, origin="command line", base=None), timeout=timeout)

@@ -1,0 +1,125 @@
+"""A conversion up to the moment before the first byte is written: source opened, rules read, planned, compared with the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptconv import target
+from ckptconv.compare import Allow, Comparison, compare, explain_missing_initial
+from ckptconv.errors import FitError, InputError, Problem, UsageError, printable
+from ckptconv.plan import Plan
+from ckptconv.planner import make_plan
+from ckptconv.ruleset.model import RuleFile
+from ckptconv.ruleset.patterns import Pattern
+from ckptconv.spec import Manifest
+from ckptconv.stage.opening import Source, config_for, open_source, parse_target, read_json, rule_file, variables
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a conversion is done: the options of the command line, under the same names."""
+
+    target: str | None = None
+    set: Mapping[str, Any] | Sequence[str] = field(default_factory=dict)
+    config: Path | None = None
+    select: Sequence[str] = ()
+    format: str | None = None  #: torch or safetensors; from the destination's suffix or the source where nothing is said
+    shard_size: str | None = None
+    verify: int | None = 3  #: the highest rung to climb; None: none at all
+    force: bool = False
+    threads: int = 2
+    keep_extras: bool = False
+    untie: bool = False
+    max_memory: str | None = None
+    sync: bool = True
+    timeout: float = 300.0  #: seconds that the building of a target may take
+    use_rule_target: bool = True  #: False: compare with nothing, the caller has a model of its own
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before anything is written."""
+
+    label: str  #: rule name and revision
+    rules_file: str
+    rules_digest: str
+    source: Source
+    plan: Plan
+    target: target.Target | None
+    wanted: Manifest | None
+    allow: Allow
+    comparison: Comparison | None
+    allowed: str  #: the sentence on what stays at its initial values
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        notes = self.plan.notes + self.source.contents.warnings
+        return notes + (self.comparison.notes if self.comparison is not None else ())
+
+
+def prepare(rules: str | Path | RuleFile, source: Path, options: Options) -> Prepared:
+    """Opens, plans and compares. Raises every problem of the first of these that has any; nothing is written."""
+    parsed = rule_file(rules)
+    opened = open_source(source, options.select or parsed.header.select)
+    plan = make_plan(
+        parsed, opened.manifest, given=variables(options.set), config=config_for(source, options.config), shown_source=printable(source),
+        untie=options.untie,
+    )  # fmt: skip
+    return _against_target(parsed, parsed.label, parsed.file, parsed.digest, opened, plan, options)
+
+
+def prepare_saved(plan_file: Path, source: Path, options: Options) -> Prepared:
+    """A conversion by a plan that ``plan --out`` saved. Refuses when the source's names, shapes, dtypes or ties are not the plan's."""
+    data = read_json(plan_file, "the plan")
+    try:
+        saved = data["plan"]
+        plan = Plan.from_json(saved)
+        label, file, digest, select = (str(data[key]) for key in ("rules", "rules_file", "rules_digest", "select"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(Problem("CK107", f"not a plan of `ckptconv plan --out`: {printable(error)}", where=printable(plan_file))) from None
+    opened = open_source(source, [select])
+    if opened.manifest.fingerprint != plan.source.fingerprint:
+        different = sum(opened.manifest.tensors.get(name) != spec for name, spec in plan.source.tensors.items())
+        extra = sum(name not in plan.source for name in opened.manifest.tensors)
+        raise InputError(
+            Problem("CK311", "the source is not the one that the plan was made for", where=printable(source),
+                    found=f"{different} tensors missing or different, {extra} new", try_="ckptconv plan … --out again")
+        )  # fmt: skip
+    return _against_target(None, label, file, digest, opened, plan, options)
+
+
+def saved_plan(prepared: Prepared) -> dict[str, Any]:
+    """What ``plan --out`` writes."""
+    return {
+        "rules": prepared.label, "rules_file": prepared.rules_file, "rules_digest": prepared.rules_digest,
+        "select": prepared.source.container.path, "source_fingerprint": prepared.plan.source.fingerprint,
+        "plan_fingerprint": prepared.plan.fingerprint, "plan": prepared.plan.to_json(),
+    }  # fmt: skip
+
+
+def _against_target(
+    rules: RuleFile | None, label: str, file: str, digest: str, source: Source, plan: Plan, options: Options
+) -> Prepared:
+    field_ = rules.header.target if rules is not None else None
+    allow = Allow(**{key: _matches(getattr(field_.allow, key)) for key in ("missing", "unexpected", "shape", "dtype")}) if field_ else Allow()
+    wanted_target = None
+    if options.target is not None:
+        wanted_target = parse_target(options.target, None, source.path)
+    elif options.use_rule_target and field_ is not None and field_.model is not None:
+        wanted_target = parse_target(field_.model, rules, source.path)
+    wanted = comparison = None
+    allowed = ""
+    if wanted_target is not None:
+        wanted = target.manifest_of(wanted_target, timeout=options.timeout)
+        comparison = compare(plan.manifest, wanted, allow)
+        if not comparison.fits:
+            raise FitError([problem if problem.where else problem.at(wanted_target.text) for problem in comparison.problems()])
+        allowed = explain_missing_initial(comparison, wanted)
+    return Prepared(label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed)
+
+
+def _matches(patterns: Sequence[Pattern] | None) -> Callable[[str], bool]:
+    return lambda name: any(pattern.match(name) is not None for pattern in patterns or ())

@@ -1,0 +1,191 @@
+"""From a prepared conversion to a published output: lay out, fill, verify, stamp, rename into place.
+
+The output is verified while it is still staged. Whatever goes wrong, nothing stands under the final name that was not there before.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptconv import formats
+from ckptconv._version import __version__
+from ckptconv.errors import FitError, OutputError, Problem, Refusal, UsageError, printable
+from ckptconv.execute.digest import content_digest, digest_tensors
+from ckptconv.execute.engine import Receipt, fill, seal_all
+from ckptconv.execute.memory import plan_peak
+from ckptconv.execute.sources import Sources
+from ckptconv.execute.staging import Staging, refuse_overlap
+from ckptconv.formats.base import Placed
+from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, parse_size, renamed_versions
+from ckptconv.plan import Read
+from ckptconv.stage.preparing import Options, Prepared
+from ckptconv.verify import Evidence, Ladder, climb
+
+Progress = Callable[[str, int, int], None]
+_PROVED_WIDTH = len("L0 L1 L2 L3 L4 L5 L6")
+_DIGEST_WIDTH = len("xxh3_128:") + 32
+_OURS = "ckptconv."
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the output will be: file or folder, and its format."""
+
+    destination: Path
+    format: str
+    is_folder: bool
+    shard_nbytes: int | None
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What was written, and how far it is proved."""
+
+    shape: Shape
+    layout: Layout
+    receipt: Receipt
+    ladder: Ladder
+    source_digest: str
+    left_out: tuple[str, ...]  #: entries of the source that could not be carried along
+
+
+def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
+    """File or folder, torch or safetensors: from the options, the destination's name, or the source, in this order."""
+    suffix_format = FORMAT_OF_SUFFIX.get(destination.suffix)
+    is_folder = destination.is_dir() or suffix_format is None
+    if options.format is not None and options.format not in formats.WRITERS:
+        raise UsageError(Problem("CK107", f"there is no output format {printable(options.format)!r}", try_=", ".join(formats.WRITERS)))
+    if options.shard_size is not None and not is_folder:
+        raise UsageError(Problem("CK107", "shards need a folder", where=printable(destination), try_="a destination without a suffix"))
+    if options.format is not None and suffix_format not in (None, options.format) and not is_folder:
+        raise UsageError(
+            Problem("CK107", f"--format {options.format}, but the destination's name says {suffix_format}", where=printable(destination))
+        )
+    source_format = "safetensors" if prepared.source.contents.format == "safetensors" else "torch"
+    shards = parse_size(options.shard_size or "5GB") if is_folder else None
+    return Shape(destination, options.format or (None if is_folder else suffix_format) or source_format, is_folder, shards)
+
+
+def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Shape | None, Layout | None, int]:
+    """What producing would write, and its peak memory in bytes; pure."""
+    peak = plan_peak(prepared.plan, options.threads)
+    if destination is None:
+        return None, None, peak
+    shape = shape_of(prepared, destination, options)
+    return shape, _laid_out(prepared, shape, options)[0], peak
+
+
+def produce(prepared: Prepared, destination: Path, options: Options, progress: Progress | None = None) -> Produced:
+    """Writes the output, verifies it, and renames it into place.
+
+    Raises :class:`~ckptconv.errors.OutputError`, :class:`~ckptconv.errors.FitError` (verification) or
+    :class:`~ckptconv.errors.InputError` (the source changed or is damaged); in every case the destination is as it was.
+    """
+    shape = shape_of(prepared, destination, options)
+    source = prepared.source
+    refuse_overlap(destination, [source.path, *source.files])
+    layout, kept, left_out = _laid_out(prepared, shape, options)
+    tell = progress or (lambda _stage, _done, _total: None)
+    max_memory = parse_size(options.max_memory) if options.max_memory else None
+    with Staging(destination, is_folder=shape.is_folder, force=options.force) as staging, Sources(source.files) as opened:
+        folder, files = staging.folder, [staging.path_of(file.name) for file in layout.files]
+        metadata = dict(layout.files[0].metadata)
+        receipt = fill(prepared.plan, source.container.tensors, opened, _named(layout, files), folder, kept=kept, threads=options.threads,
+                       max_memory=max_memory, progress=_counted(tell, "writing", prepared.plan.manifest.nbytes))  # fmt: skip
+        seal_all(_named(layout, files), receipt, metadata, folder)
+        if layout.index is not None:
+            staging.path_of(layout.index[0]).write_bytes(layout.index[1])
+        ladder, source_digest = Ladder(), ""
+        if options.verify is not None:
+            nbytes = source.manifest.nbytes
+            digests = digest_tensors(opened, source.container.tensors, threads=options.threads, progress=_counted(tell, "reading", nbytes))
+            source_digest = content_digest(source.manifest, digests)
+            ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options), options.verify)
+        opened.check_unchanged()
+        if ladder.failed is not None:
+            rung = ladder.failed
+            raise FitError([*rung.problems] or Problem("CK407", rung.sentence, where=f"L{rung.level} {rung.name}"))
+        metadata[_OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
+        metadata[_OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
+        seal_all(_named(layout, files), receipt, metadata, folder)
+        if shape.is_folder:
+            _copy_neighbours(prepared, staging)
+        staging.publish(sync=options.sync)
+    return Produced(shape, layout, receipt, ladder, source_digest, tuple(left_out))
+
+
+def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layout, dict[str, Placed], list[str]]:
+    source, plan = prepared.source, prepared.plan
+    tree, kept, left_out = None, dict[str, Placed](), list[str]()
+    if options.keep_extras:
+        if shape.format != "torch" or shape.is_folder:
+            raise UsageError(Problem("CK107", "--keep-extras needs a single .pth output: safetensors holds tensors only"))
+        try:
+            tree, kept, left_out = carried_tree(source.contents, source.container)
+        except Refusal as refusal:
+            raise UsageError(refusal.at(printable(source.path))) from None
+    renamed = {output.expr.name: output.name for output in plan.outputs if isinstance(output.expr, Read)}
+    layout = lay_out(
+        plan.manifest, shape.destination, format=shape.format, is_folder=shape.is_folder, shard_nbytes=shape.shard_nbytes,
+        metadata=_metadata(prepared), module_versions=renamed_versions(source.container.module_versions, renamed) or None, tree=tree,
+    )  # fmt: skip
+    return layout, kept, left_out
+
+
+def _metadata(prepared: Prepared) -> dict[str, str]:
+    """The provenance that every output carries; what is not known yet has its final length."""
+    aliases = prepared.source.manifest.aliases
+    foreign = {
+        key: value
+        for key, value in prepared.source.contents.metadata.items()
+        if not key.startswith(_OURS) and key != "format" and key not in aliases
+    }
+    return {
+        **foreign,
+        _OURS + "version": __version__,
+        _OURS + "rules": prepared.label,
+        _OURS + "rules_digest": f"sha256:{prepared.rules_digest}",
+        _OURS + "source_digest": "pending".ljust(_DIGEST_WIDTH),
+        _OURS + "verified": "pending".ljust(_PROVED_WIDTH),
+    }
+
+
+def _evidence(
+    prepared: Prepared, shape: Shape, folder: Path, files: list[Path], digests: Mapping[str, str], receipt: Receipt, options: Options
+) -> Evidence:
+    return Evidence(
+        files=files, read=lambda: formats.read(folder if shape.is_folder else files[0]), format=shape.format, plan=prepared.plan,
+        source=prepared.source.container.tensors, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
+        target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, timeout=options.timeout, threads=options.threads,
+    )  # fmt: skip
+
+
+def _copy_neighbours(prepared: Prepared, staging: Staging) -> None:
+    """config.json, tokenizer and the like come along when a folder becomes a folder."""
+    for neighbour in prepared.source.contents.neighbours:
+        try:
+            shutil.copyfile(neighbour, staging.path_of(neighbour.name))
+        except OSError as error:
+            raise OutputError(Problem("CK503", f"{printable(neighbour.name)} cannot be copied along: {error.strerror}", where=str(neighbour))) from None
+
+
+def _counted(tell: Progress, stage: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def step(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        tell(stage, done, total)
+
+    return step
+
+
+def _named(layout: Layout, files: list[Path]) -> list[Any]:
+    """The layouts under the names that their files have while they are staged."""
+    from dataclasses import replace
+
+    return [replace(file, name=path.name) for file, path in zip(layout.files, files, strict=True)]

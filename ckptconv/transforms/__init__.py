@@ -1,0 +1,67 @@
+"""What can be done to tensors. One idea per file: its fields, its shape rule, its kernel and the way back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Union
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ckptconv.errors import Refusal, printable
+from ckptconv.names import nearest
+from ckptconv.transforms.affine import Affine
+from ckptconv.transforms.base import Example, Piece, Transform
+from ckptconv.transforms.cast import Cast
+from ckptconv.transforms.concat import Concat
+from ckptconv.transforms.index import Index
+from ckptconv.transforms.pad import Pad
+from ckptconv.transforms.rearrange import Rearrange
+from ckptconv.transforms.repeat import Repeat
+from ckptconv.transforms.reshape import Reshape
+from ckptconv.transforms.slice import Slice
+
+#: Every transform there is. A new one is a file beside this one and a line here.
+ALL: tuple[type[Transform], ...] = (
+    Rearrange,
+    Reshape,
+    Concat,
+    Slice,
+    Index,
+    Pad,
+    Repeat,
+    Affine,
+    Cast,
+)
+
+__all__ = [
+    "ALL", "Affine", "Cast", "Concat", "Example", "Index", "Pad", "Piece", "Rearrange", "Repeat", "Reshape", "Slice", "Transform", "parse",
+]  # fmt: skip
+
+_OPS = tuple(each.model_fields["op"].default for each in ALL)
+_ANY: TypeAdapter[Transform] = TypeAdapter(Annotated[Union[ALL], Field(discriminator="op")])
+
+
+def parse(data: Mapping[str, Any]) -> Transform:
+    """The transform whose fields ``data`` holds, as ``model_dump(mode="json")`` gives them.
+
+    Raises :class:`~ckptconv.errors.Refusal` for an unknown ``op`` and for fields that are unknown, missing or of the wrong type.
+
+    >>> parse({"op": "slice", "axis": 0, "start": 2, "stop": 5})
+    Slice(op='slice', axis=0, start=2, stop=5)
+    """
+    op = data.get("op") if isinstance(data, Mapping) else None
+    if op not in _OPS:
+        near = nearest(op, _OPS) if isinstance(op, str) else None
+        raise Refusal(
+            "a saved transform names one of the known operations in its field `op`", code="CK102",
+            found=printable(repr(op)), try_=near or ", ".join(_OPS),
+        )  # fmt: skip
+    try:
+        # Through JSON: there, and only there, strict validation takes an array for a tuple and text for a dtype.
+        return _ANY.validate_json(json.dumps(dict(data)))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'][1:]) or op}: {fault['msg']}" for fault in error.errors())
+        raise Refusal(f"the saved transform {op} has wrong fields", code="CK102", found=printable(faults)) from None
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"the saved transform {op} is not plain data", code="CK102", found=printable(error)) from None

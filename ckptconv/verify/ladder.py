@@ -1,0 +1,232 @@
+"""Rungs L0 to L3: the output is whole, every key is accounted for, the model loads it strictly, and no value was lost or doubled.
+
+Strict loading alone proves little (in common models most keys share their shape with another key), so each rung looks at something
+else. A rung that cannot be climbed says why; a rung that fails stops the climb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptconv import formats
+from ckptconv.compare import Allow, compare
+from ckptconv.errors import CkptconvError, Problem, Refusal, printable
+from ckptconv.execute.digest import digest_tensors
+from ckptconv.execute.sources import Sources
+from ckptconv.formats.base import Container, Placed
+from ckptconv.names import collapse
+from ckptconv.plan import Fill, Output, Plan, Read, reads
+from ckptconv.spec import Manifest
+from ckptconv.target import Target, strict_load
+from ckptconv.verify.values import conserved
+
+LEVELS: Mapping[int, str] = {0: "integrity", 1: "accounting", 2: "strict load", 3: "values conserved"}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung: climbed, failed, or not climbed with the reason."""
+
+    level: int
+    status: str  #: ``passed``, ``failed`` or ``skipped``
+    sentence: str
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return LEVELS[self.level]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "level": self.level, "name": self.name, "status": self.status, "sentence": self.sentence,
+            "problems": [problem.to_json() for problem in self.problems],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The climb: every rung that was tried, lowest first."""
+
+    rungs: tuple[Rung, ...] = ()
+
+    @property
+    def failed(self) -> Rung | None:
+        return next((rung for rung in self.rungs if rung.status == "failed"), None)
+
+    @property
+    def reached(self) -> str:
+        """The passed rungs, as they are recorded in outputs: ``L0 L1 L3``; ``none`` when nothing was proved."""
+        return " ".join(f"L{rung.level}" for rung in self.rungs if rung.status == "passed") or "none"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"reached": self.reached, "rungs": [rung.to_json() for rung in self.rungs]}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What there is to verify with. Only ``files`` and ``format`` are always there."""
+
+    files: Sequence[Path]  #: the written files, staged or published
+    read: Callable[[], formats.Contents]  #: opens the written output anew
+    format: str
+    plan: Plan | None = None
+    source: Mapping[str, Placed] | None = None
+    source_files: Sequence[Path] = ()
+    source_digests: Mapping[str, str] = field(default_factory=dict)  #: of the source's tensors; empty: not taken
+    computed: Mapping[str, str] = field(default_factory=dict)  #: digests of computed outputs, from when they were written
+    target: Target | None = None
+    wanted: Manifest | None = None
+    allow: Allow = field(default_factory=Allow)
+    timeout: float = 300.0
+    threads: int = 2
+
+
+class _Climb:
+    """The state of one climb: what a rung finds out is there for the next."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.written: Container | None = None
+        self.written_files: tuple[Path, ...] = ()
+        self.digests: dict[str, str] = {}
+
+    def integrity(self) -> Rung:
+        """L0: the output, opened anew, is the plan's manifest, and its bytes are those that were read or computed."""
+        evidence = self.evidence
+        try:
+            contents = evidence.read()
+        except Refusal as refusal:
+            return _failed(0, "the output cannot be read back", [refusal.at(str(evidence.files[0]))])
+        self.written = written_container(contents)
+        self.written_files = contents.files
+        with Sources(contents.files) as opened:
+            self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads)
+        if evidence.plan is None:
+            return Rung(0, "passed", f"{len(self.written.tensors):,} tensors read back, checksums match")
+        problems = _manifest_problems(self.written.manifest, evidence.plan.manifest)
+        for output in evidence.plan.stored:
+            wanted = self._wanted_digest(output)
+            if wanted is not None and self.digests.get(output.name) != wanted:
+                found = "the bytes in the file are not those of the plan"
+                problems.append(Problem("CK407", f"{printable(output.name)}: {found}", where=str(output.origin)))
+        if problems:
+            return _failed(0, "the written output differs from the plan", problems)
+        against = ", bytes equal to the source or to what was computed" if evidence.source_digests else ""
+        return Rung(0, "passed", f"{len(self.digests):,} tensors read back, digests match{against}")
+
+    def _wanted_digest(self, output: Output) -> str | None:
+        if isinstance(output.expr, Read):
+            return self.evidence.source_digests.get(output.expr.name)
+        return self.evidence.computed.get(output.name)
+
+    def accounting(self) -> Rung:
+        """L1: each source key is used or dropped by a step; each target key is filled, tied, or allowed to be missing."""
+        plan, wanted = self.evidence.plan, self.evidence.wanted
+        sentences, problems = [], []
+        if plan is not None:
+            aliases = plan.source.aliases
+            used = {name for output in plan.outputs for name in reads(output.expr)}
+            gone = {aliases.get(name, name) for drop in plan.dropped for name in drop.sources}
+            lost = [name for name in plan.source.tensors if aliases.get(name, name) not in used | gone]
+            problems += [
+                Problem("CK409", f"{template} of the source is neither used nor dropped by a step") for template in collapse(lost)[:10]
+            ]
+            only_dropped = sum(aliases.get(name, name) not in used for name in plan.source.tensors)
+            sentences.append(f"{len(plan.source) - only_dropped:,} source keys used" + (f", {only_dropped:,} dropped by a step" if only_dropped else ""))
+        if wanted is not None:
+            found = plan.manifest if plan is not None else self.manifest()
+            comparison = compare(found, wanted, self.evidence.allow)
+            problems += comparison.problems()
+            allowed = len(comparison.allowed_missing)
+            sentences.append(f"{len(wanted) - allowed:,} target keys filled" + (f", {allowed:,} allowed to be missing" if allowed else ""))
+        if not sentences:
+            return Rung(1, "skipped", "neither a plan nor a target to count against")
+        return _failed(1, "keys are not accounted for", problems) if problems else Rung(1, "passed", "; ".join(sentences))
+
+    def manifest(self) -> Manifest:
+        """What was written, as it was read back."""
+        assert self.written is not None, "L0 comes first"
+        return self.written.manifest
+
+    def strict(self) -> Rung:
+        """L2: the real model, built on the meta device, loads the written file with ``strict=True, assign=True``."""
+        evidence = self.evidence
+        if evidence.target is None:
+            return Rung(2, "skipped", "no target; name one with --target")
+        if not evidence.target.is_model:
+            return Rung(2, "skipped", "the target is a manifest, not a model: names, shapes and dtypes were compared in L1")
+        assert evidence.wanted is not None
+        comparison = compare(self.manifest(), evidence.wanted, evidence.allow)
+        # What the rule lets through on purpose is told to the loader; everything else must be as strict as torch can be.
+        result = strict_load(evidence.target, evidence.files, evidence.format, timeout=evidence.timeout,
+                             allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected)  # fmt: skip
+        if not result.loaded:
+            return _failed(2, "load_state_dict(strict=True) failed", [Problem("CK408", printable(result.error, 1000), where=evidence.target.text)])
+        how = "strict=True, assign=True" if not comparison.allowed_missing else "strict but for the keys that are allowed to be missing"
+        return Rung(2, "passed", f"{evidence.target.text} loaded the written file ({how})")
+
+    def values(self) -> Rung:
+        """L3: nothing lost, nothing doubled, modulo the plan's own transforms."""
+        evidence = self.evidence
+        if evidence.plan is None or evidence.source is None:
+            return Rung(3, "skipped", "no source to compare with; name it with --against and --rules")
+        assert self.written is not None
+        copied = [output for output in evidence.plan.stored if isinstance(output.expr, Read)]
+        made = [output for output in evidence.plan.stored if isinstance(output.expr, Fill)]
+        with Sources(evidence.source_files) as opened, Sources(self.written_files) as reopened:
+            result = conserved(evidence.plan, evidence.source, opened, self.written.tensors, reopened)
+        problems = [
+            Problem("CK407", f"{printable(output.name)}: the bytes differ from the source's", where=str(output.origin))
+            for output in copied
+            if evidence.source_digests.get(output.expr.name) != self.digests.get(output.name)  # type: ignore[union-attr]
+        ]
+        problems += result.problems
+        if problems:
+            return _failed(3, "values were lost or doubled", problems)
+        counts = [(len(copied), "equal bit by bit"), (result.conserved, "hold exactly their sources' elements"), (result.recomputed, "equal to a second computation"), (len(made), "filled")]
+        return Rung(3, "passed", "; ".join(f"{count:,} tensors {what}" for count, what in counts if count))
+
+
+def climb(evidence: Evidence, level: int = 3) -> Ladder:
+    """Climbs up to ``level``, stopping at the first rung that fails. Raises only for what is no verdict (a source that changed)."""
+    state = _Climb(evidence)
+    rungs: list[Rung] = []
+    for number, rung in enumerate((state.integrity, state.accounting, state.strict, state.values)):
+        if number > level:
+            break
+        try:
+            rungs.append(rung())
+        except CkptconvError as error:
+            if error.exit_code != 4:
+                raise
+            rungs.append(_failed(number, "could not be built or compared", error.problems))
+        if rungs[-1].status == "failed":
+            break
+    return Ladder(tuple(rungs))
+
+
+def written_container(contents: formats.Contents) -> Container:
+    """The state_dict of an output that ckptconv wrote: the best candidate of its file."""
+    if not contents.containers:
+        raise Refusal("the output holds no state_dict", code="CK407")
+    return next(iter(contents.containers.values()))
+
+
+def _failed(level: int, sentence: str, problems: Sequence[Problem]) -> Rung:
+    return Rung(level, "failed", sentence, tuple(problems))
+
+
+def _manifest_problems(found: Manifest, wanted: Manifest) -> list[Problem]:
+    problems = []
+    if set(found.tensors) != set(wanted.tensors):
+        different = sorted(set(found.tensors) ^ set(wanted.tensors))
+        problems.append(Problem("CK407", "the written file holds other names than the plan", found=printable(", ".join(different[:5]))))
+    for name, spec in wanted.tensors.items():
+        if name in found and found[name] != spec:
+            problems.append(Problem("CK407", f"{printable(name)}: written as {found[name]}, planned as {spec}"))
+    if {frozenset(group) for group in found.ties} != {frozenset(group) for group in wanted.ties}:
+        problems.append(Problem("CK407", "the written file ties other names than the plan", found=printable(found.ties), try_=f"planned: {printable(wanted.ties)}"))
+    return problems[:20]

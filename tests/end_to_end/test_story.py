@@ -1,0 +1,223 @@
+"""The questions that people ask, from the error on their screen to the answer of one command."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+NET = """
+import torch.nn as nn
+
+
+class Net(nn.Module):
+    def __init__(self, out=6):
+        super().__init__()
+        self.body = nn.Linear(4, 10)
+        self.head = nn.Linear(10, out)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+def net():
+    return Net()
+"""
+
+
+class Net(nn.Module):
+    def __init__(self, out=6):
+        super().__init__()
+        self.body = nn.Linear(4, 10)
+        self.head = nn.Linear(10, out)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "nets.py").write_text(NET)
+    return tmp_path
+
+
+def write_rules(folder, steps, more=""):
+    (folder / "mine.yaml").write_text(f"version: 1\nname: mine\nsummary: s\n{more}steps:\n{steps}\n")
+    return "mine.yaml"
+
+
+def test_data_parallel_loads_after_one_command(folder, cli):
+    torch.manual_seed(0)
+    wrapped = nn.DataParallel(Net())
+    torch.save(wrapped.state_dict(), folder / "in.pth")
+    result = cli("run", "dataparallel", "in.pth", "out.pth", "--target", "py:nets:net", "--report", "report.json", cwd=folder)
+    assert (result.code, result.err) == (0, "")
+    model = Net()
+    model.load_state_dict(torch.load(folder / "out.pth", weights_only=True, mmap=True), strict=True)
+    for name, value in wrapped.module.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["verification"]["reached"] == "L0 L1 L2 L3"
+    assert report["rules"]["rules"] == "dataparallel@1"
+    assert "module.body.weight" in result.out
+    assert "L2 ok" in result.out
+
+
+def test_a_changed_layer_names_both_sizes_and_writes_nothing(folder, cli, snapshot):
+    torch.save(nn.DataParallel(Net(out=5)).state_dict(), folder / "in.pth")
+    before = snapshot(folder)
+    result = cli("run", "dataparallel", "in.pth", "out.pth", "--target", "py:nets:net", cwd=folder)
+    assert result.code == 4
+    assert "head.weight" in result.err
+    assert "[5, 10]" in result.err
+    assert "[6, 10]" in result.err
+    assert "CK403" in result.err
+    assert {name: data for name, data in snapshot(folder).items() if "__pycache__" not in name} == before
+
+
+def test_missing_keys_are_named(folder, cli):
+    state = nn.DataParallel(Net()).state_dict()
+    del state["module.head.bias"]
+    torch.save(state, folder / "in.pth")
+    result = cli("run", "dataparallel", "in.pth", "out.pth", "--target", "py:nets:net", cwd=folder)
+    assert result.code == 4
+    assert "CK401" in result.err
+    assert "head.bias" in result.err
+    assert not (folder / "out.pth").exists()
+
+
+def test_unexpected_keys_are_named(folder, cli):
+    state = nn.DataParallel(Net()).state_dict()
+    state["module.extra.weight"] = torch.ones(3)
+    torch.save(state, folder / "in.pth")
+    result = cli("run", "dataparallel", "in.pth", "out.pth", "--target", "py:nets:net", cwd=folder)
+    assert result.code == 4
+    assert "CK402" in result.err
+    assert "extra.weight" in result.err
+
+
+def test_a_partial_load_is_allowed_only_by_name_and_says_what_stays_random(folder, cli):
+    state = Net(out=5).state_dict()
+    torch.save(state, folder / "in.pth")
+    steps = "  - drop: {keys: 'head.{p}', reason: other classes}"
+    rules = write_rules(folder, steps, more="target: {allow: {missing: ['head.{p}']}}\n")
+    result = cli("run", rules, "in.pth", "out.pth", "--target", "py:nets:net", cwd=folder)
+    assert (result.code, result.err) == (0, "")
+    assert "stay at their initial values" in result.out
+    assert "head.weight" in result.out
+    assert "66 elements" in result.out
+    assert list(torch.load(folder / "out.pth")) == ["body.weight", "body.bias"]
+    stricter = write_rules(folder, steps)
+    assert cli("run", stricter, "in.pth", "out2.pth", "--target", "py:nets:net", cwd=folder).code == 4
+
+
+def test_nothing_is_overwritten_without_force(folder, cli):
+    torch.save({"module.a": torch.ones(2)}, folder / "in.pth")
+    (folder / "out.pth").write_bytes(b"precious")
+    result = cli("run", "dataparallel", "in.pth", "out.pth", cwd=folder)
+    assert result.code == 5
+    assert "CK501" in result.err
+    assert "--force" in result.err
+    assert (folder / "out.pth").read_bytes() == b"precious"
+    assert cli("run", "dataparallel", "in.pth", "out.pth", "--force", cwd=folder).code == 0
+    assert list(torch.load(folder / "out.pth")) == ["a"]
+
+
+@pytest.mark.parametrize("destination", ["in.pth", "./in.pth", "link.pth"])
+def test_the_source_is_never_the_destination(folder, cli, destination):
+    torch.save({"module.a": torch.ones(2)}, folder / "in.pth")
+    (folder / "link.pth").hardlink_to(folder / "in.pth")
+    before = (folder / "in.pth").read_bytes()
+    result = cli("run", "dataparallel", "in.pth", destination, "--force", cwd=folder)
+    assert result.code == 2
+    assert "CK502" in result.err
+    assert (folder / "in.pth").read_bytes() == before
+
+
+def test_a_training_checkpoint_says_what_it_leaves_behind_or_keeps_it(folder, cli):
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.head(model.body(torch.ones(1, 4))).sum().backward()
+    optimizer.step()
+    wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": wrapped, "optimizer": optimizer.state_dict()}, folder / "in.ckpt")
+    result = cli("run", "dataparallel", "in.ckpt", "out.pth", cwd=folder)
+    assert result.code == 0
+    assert "left behind: epoch" in result.out
+    assert "left behind: optimizer" in result.out
+    assert list(torch.load(folder / "out.pth")) == list(model.state_dict())
+    assert cli("run", "dataparallel", "in.ckpt", "all.pth", "--keep-extras", cwd=folder).code == 0
+    kept = torch.load(folder / "all.pth", weights_only=True)
+    assert list(kept) == ["epoch", "state_dict", "optimizer"]
+    assert kept["epoch"] == 3
+    assert list(kept["state_dict"]) == list(model.state_dict())
+    moment = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(kept["optimizer"]["state"][0]["exp_avg"], moment)
+    assert kept["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_two_state_dicts_are_a_question_and_not_a_guess(folder, cli):
+    state = {"a.weight": torch.ones(2, 2)}
+    torch.save({"model": state, "ema": {"a.weight": torch.zeros(2, 2)}}, folder / "in.pth")
+    rules = write_rules(folder, "  - rename: {a.weight: b.weight}")
+    result = cli("run", rules, "in.pth", "out.pth", cwd=folder)
+    assert result.code == 3
+    assert "CK309" in result.err
+    assert "model" in result.err
+    assert "ema" in result.err
+    assert cli("run", rules, "in.pth", "out.pth", "--select", "ema", cwd=folder).code == 0
+    assert torch.equal(torch.load(folder / "out.pth")["b.weight"], torch.zeros(2, 2))
+
+
+def test_a_saved_plan_runs_and_refuses_another_source(folder, cli):
+    torch.save({"module.a": torch.ones(2)}, folder / "in.pth")
+    assert cli("plan", "dataparallel", "in.pth", "--out", "plan.json", cwd=folder).code == 0
+    assert cli("run", "--plan", "plan.json", "in.pth", "out.pth", cwd=folder).code == 0
+    assert list(torch.load(folder / "out.pth")) == ["a"]
+    torch.save({"module.a": torch.ones(3)}, folder / "in.pth")
+    result = cli("run", "--plan", "plan.json", "in.pth", "out2.pth", cwd=folder)
+    assert result.code == 3
+    assert "CK311" in result.err
+    assert not (folder / "out2.pth").exists()
+
+
+def test_a_dry_run_writes_nothing(folder, cli, snapshot):
+    torch.save({"module.a": torch.ones(2)}, folder / "in.pth")
+    before = snapshot(folder)
+    result = cli("run", "dataparallel", "in.pth", "out.pth", "--dry-run", cwd=folder)
+    assert result.code == 0
+    assert "nothing written" in result.out
+    assert snapshot(folder) == before
+
+
+def test_errors_are_json_for_programs(folder, cli):
+    result = cli("run", "dataparallel", "nothing.pth", "out.pth", "--json", cwd=folder)
+    assert result.code == 3
+    assert result.json["exit_code"] == 3
+    assert result.json["problems"][0]["code"] == "CK310"
+
+
+def test_verify_proves_what_is_already_there_and_finds_a_flipped_value(folder, cli):
+    torch.manual_seed(0)
+    torch.save(nn.DataParallel(Net()).state_dict(), folder / "in.pth")
+    assert cli("run", "dataparallel", "in.pth", "out.pth", cwd=folder).code == 0
+    good = cli("verify", "out.pth", "--target", "py:nets:net", "--against", "in.pth", "--rules", "dataparallel", cwd=folder)
+    assert (good.code, good.err) == (0, "")
+    assert "verified L0 L1 L2 L3" in good.out
+    state = torch.load(folder / "out.pth")
+    state["body.weight"][0, 0] += 1
+    torch.save(state, folder / "bad.pth")
+    bad = cli("verify", "bad.pth", "--against", "in.pth", "--rules", "dataparallel", cwd=folder)
+    assert bad.code == 4
+    assert "body.weight" in bad.out
+
+
+def test_an_interrupted_run_leaves_nothing(folder, cli, snapshot):
+    torch.save({"module.a": torch.ones(2)}, folder / "in.pth")
+    before = snapshot(folder)
+    # a disk that is full: no file may grow past 1 KiB
+    limited = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)); sys.argv = ['ckptconv', 'run', 'dataparallel', 'in.pth', 'out.pth']; runpy.run_module('ckptconv', run_name='__main__')"
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", limited], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    assert "CK503" in done.stderr
+    assert snapshot(folder) == before
