@@ -13,6 +13,7 @@ from ckptconv.formats.base import Contents, Writer
 from ckptconv.formats.safetensors import SafetensorsWriter
 from ckptconv.formats.torch_zip_writer import TorchZipWriter
 
+
 def _late(module: str) -> Callable[[Path], Contents]:
     return lambda path: importlib.import_module(f"ckptconv.formats.{module}").read(path)
 

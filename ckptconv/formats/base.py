@@ -43,9 +43,12 @@ class Placed:
         return is_contiguous(self.spec.shape, self.strides) and not self.storage.big_endian
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Foreign:
-    """An object of a class that ckptconv does not know: never built, only named. ``state`` and ``arguments`` are plain data."""
+    """An object of a class that ckptconv does not know: never built, only named. ``state`` and ``arguments`` are plain data.
+
+    The one thing here that is not frozen: a pickle makes an object first and gives it its state later.
+    """
 
     name: str  #: ``argparse.Namespace``
     state: Any = None

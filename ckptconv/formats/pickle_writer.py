@@ -10,6 +10,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from ckptconv.formats.base import Converted, Kept
@@ -17,6 +18,8 @@ from ckptconv.formats.dtypes import DTYPE_STORAGES
 from ckptconv.spec import Manifest, TensorSpec, contiguous_strides
 
 _BATCH = 1000  # items between two marks, as Python's pickler does it
+_SHORT_TUPLES = (b")", b"\x85", b"\x86", b"\x87")
+_UINT32 = struct.Struct("<I").pack
 
 
 def emit(tree: Any, manifest: Manifest, module_versions: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[bytes, dict[str, int]]:
@@ -40,58 +43,64 @@ class _Tensor:
     spec: TensorSpec
 
 
-@dataclass
+def _integer(value: int) -> bytes:
+    if 0 <= value < 1 << 8:
+        return b"K%c" % value
+    if 0 <= value < 1 << 16:
+        return b"M" + struct.pack("<H", value)
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    # Two's complement in as few bytes as hold the sign.
+    size = (value if value >= 0 else ~value).bit_length() // 8 + 1
+    head = b"\x8a%c" % size if size < 256 else b"\x8b" + struct.pack("<i", size)
+    return head + value.to_bytes(size, "little", signed=True)
+
+
+@lru_cache(4096)
+def _sizes(sizes: tuple[int, ...]) -> bytes:
+    """A tuple of integers, which still has to be memoised unless it is empty. Models repeat few shapes many times."""
+    items = b"".join(map(_integer, sizes))
+    return b"(" + items + b"t" if len(sizes) > 3 else items + _SHORT_TUPLES[len(sizes)]
+
+
+@dataclass(slots=True)
 class _Emitter:
     manifest: Manifest
     module_versions: Mapping[str, Mapping[str, Any]]
     out: bytearray = field(default_factory=lambda: bytearray(b"\x80\x02"))
-    #: texts, and globals as (module, name), that were written before -> the opcode that fetches them
-    known: dict[str | tuple[str, str], bytes] = field(default_factory=dict)
-    puts: int = 0
+    #: texts, and globals as (module, name), that were written before -> their place in the memo
+    known: dict[str | tuple[str, str], int] = field(default_factory=dict)
+    memoised: int = 0
     storages: dict[str, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)  # slot name -> storage key
     converted: int = 0
 
-    def put(self) -> bytes:
-        """Memoise the top of the stack; the opcode that fetches it again."""
-        at = self.puts
-        self.puts += 1
-        if at < 256:
-            self.out += b"q%c" % at
-            return b"h%c" % at
-        packed = struct.pack("<I", at)
-        self.out += b"r" + packed
-        return b"j" + packed
+    def put(self) -> int:
+        """Memoise the top of the stack; its place in the memo."""
+        at = self.memoised
+        self.out += b"q%c" % at if at < 256 else b"r" + _UINT32(at)
+        self.memoised = at + 1
+        return at
+
+    def fetch(self, at: int) -> None:
+        self.out += b"h%c" % at if at < 256 else b"j" + _UINT32(at)
 
     def text(self, value: str) -> None:
-        fetch = self.known.get(value)
-        if fetch is not None:
-            self.out += fetch
+        at = self.known.get(value)
+        if at is not None:
+            self.fetch(at)
             return
         raw = value.encode("utf-8", "surrogatepass")
-        self.out += b"X" + struct.pack("<I", len(raw)) + raw
+        self.out += b"X" + _UINT32(len(raw)) + raw
         self.known[value] = self.put()
 
     def reference(self, module: str, name: str) -> None:
-        fetch = self.known.get((module, name))
-        if fetch is not None:
-            self.out += fetch
+        at = self.known.get((module, name))
+        if at is not None:
+            self.fetch(at)
             return
         self.out += f"c{module}\n{name}\n".encode("ascii")
         self.known[module, name] = self.put()
-
-    def integer(self, value: int) -> None:
-        if 0 <= value < 1 << 8:
-            self.out += b"K%c" % value
-        elif 0 <= value < 1 << 16:
-            self.out += b"M" + struct.pack("<H", value)
-        elif -(1 << 31) <= value < 1 << 31:
-            self.out += b"J" + struct.pack("<i", value)
-        else:
-            # Two's complement in as few bytes as hold the sign.
-            size = (value.bit_length() if value >= 0 else (~value).bit_length()) // 8 + 1
-            head = b"\x8a%c" % size if size < 256 else b"\x8b" + struct.pack("<i", size)
-            self.out += head + value.to_bytes(size, "little", signed=True)
 
     def value(self, value: Any) -> None:
         if value is None:
@@ -101,7 +110,7 @@ class _Emitter:
         elif isinstance(value, str):
             self.text(value)
         elif isinstance(value, int):
-            self.integer(value)
+            self.out += _integer(value)
         elif isinstance(value, float):
             self.out += b"G" + struct.pack(">d", value)
         elif isinstance(value, bytes):
@@ -139,7 +148,7 @@ class _Emitter:
             self.out += b"("
         for value in values:
             self.value(value)
-        self.out += b"t" if len(values) > 3 else (b"\x85", b"\x86", b"\x87")[len(values) - 1]
+        self.out += b"t" if len(values) > 3 else _SHORT_TUPLES[len(values)]
         self.put()
 
     def pack_list(self, values: Sequence[Any]) -> None:
@@ -199,12 +208,13 @@ class _Emitter:
         self.reference(*(("torch", typed) if typed else ("torch.storage", "UntypedStorage")))
         self.text(key)
         self.text("cpu")
-        self.integer(spec.numel if typed else spec.nbytes)
-        self.out += b"t"
+        self.out += _integer(spec.numel if typed else spec.nbytes) + b"t"
         self.put()
         self.out += b"QK\x00"
-        self.pack_tuple(spec.shape)
-        self.pack_tuple(contiguous_strides(spec.shape))
+        for sizes in (spec.shape, contiguous_strides(spec.shape)):
+            self.out += _sizes(sizes)
+            if sizes:
+                self.put()
         self.out += b"\x89"
         self.empty_ordered_dict()
         self.put()

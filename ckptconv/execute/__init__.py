@@ -1,0 +1,1 @@
+"""The hands: sources read, outputs filled, results staged and published."""

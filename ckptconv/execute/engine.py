@@ -1,0 +1,276 @@
+"""Fills laid-out files: byte ranges are copied, expressions computed island by island, by the threads of this machine."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckptconv import formats
+from ckptconv.errors import FitError, OutputError, Problem, Refusal, printable
+from ckptconv.execute.copying import Copier, Copy, batches, write_at
+from ckptconv.execute.memory import peak_nbytes
+from ckptconv.execute.memory_run import computed
+from ckptconv.execute.sources import Sources, bytes_of, rows
+from ckptconv.formats.base import FileLayout, Placed
+from ckptconv.plan import Apply, Expr, Output, Plan, Read, islands
+from ckptconv.transforms import Reshape, Slice
+
+Report = Callable[[int], None]
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What filling leaves behind for sealing and verifying."""
+
+    crc32: Mapping[str, Mapping[str, int]]  #: file -> slot -> CRC-32, for formats that want it
+    digests: Mapping[str, str]  #: output -> xxh3_128 of its bytes, for computed outputs
+    copied_nbytes: int
+    computed_nbytes: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An output's slot: which file, where."""
+
+    file: str
+    offset: int
+
+
+def fill(
+    plan: Plan,
+    placed: Mapping[str, Placed],
+    sources: Sources,
+    layouts: Sequence[FileLayout],
+    folder: Path,
+    *,
+    kept: Mapping[str, Placed] | None = None,
+    threads: int = 2,
+    max_memory: int | None = None,
+    progress: Report | None = None,
+) -> Receipt:
+    """Writes every tensor's bytes into its slot of the files in ``folder``. Headers are written by :func:`seal_all`.
+
+    Raises :class:`~ckptconv.errors.FitError` for a transform that refuses the values, :class:`~ckptconv.errors.InputError` for a source
+    that changed, :class:`~ckptconv.errors.OutputError` where memory does not suffice, ``OSError`` where the disk does not.
+    """
+    where = {name: _Place(layout.name, slot.offset) for layout in layouts for name, slot in layout.slots.items()}
+    wants_crc = {layout.name: layout.needs_crc for layout in layouts}
+    crc32: dict[str, dict[str, int]] = {layout.name: {} for layout in layouts}
+    copies: dict[str, list[Copy]] = {layout.name: [] for layout in layouts}
+    to_compute: list[Output] = []
+    copied = 0
+    for output in (*plan.stored, *(Output(name, Read(name, place.spec)) for name, place in (kept or {}).items())):
+        source = _as_range(output.expr, {**placed, **kept} if kept else placed)
+        if source is None:
+            to_compute.append(output)
+            continue
+        place, nbytes = where[output.name], source.spec.nbytes
+        copied += nbytes
+        slot = ""
+        if wants_crc[place.file]:
+            whole = source.offset == 0 and nbytes == source.storage.nbytes and source.storage.crc32 is not None
+            if whole:
+                crc32[place.file][output.name] = source.storage.crc32 or 0
+            elif nbytes:
+                slot = output.name
+            else:
+                crc32[place.file][output.name] = 0
+        if nbytes:
+            copies[place.file].append(Copy(source.storage.file, source.storage.offset + source.offset, place.offset, nbytes, slot))
+    groups = islands(to_compute)
+    _check_memory(groups, max_memory)
+    everything = {**placed, **(kept or {})}
+    with ExitStack() as stack:
+        descriptors = {layout.name: _created(layout, folder, stack) for layout in layouts}
+        crew = _Crew(threads, progress or (lambda _: None))
+        crew.tasks += [(_copy, (name, batch)) for name, found in copies.items() for batch in batches(sorted(found, key=_by_destination))]
+        # The largest islands first: the last worker to finish then has a small one.
+        crew.tasks += [(_compute, (group,)) for group in sorted(groups, key=lambda group: -sum(each.expr.spec.nbytes for each in group))]
+        found_crc, digests = crew.run(_Bench(everything, sources, descriptors, where, wants_crc))
+    for file, slot_name, value in found_crc:
+        crc32[file][slot_name] = value
+    return Receipt(crc32, digests, copied, sum(output.expr.spec.nbytes for output in to_compute))
+
+
+def _as_range(expr: Expr, placed: Mapping[str, Placed]) -> Placed | None:
+    """The place of an output that is one range of source bytes: a tensor, rows of one, or one under another shape."""
+    if isinstance(expr, Read):
+        return placed[expr.name] if placed[expr.name].contiguous else None
+    if not isinstance(expr, Apply):
+        return None
+    inner = _as_range(expr.arguments[0], placed) if isinstance(expr.transform, (Slice, Reshape)) else None
+    if inner is None:
+        return None
+    if isinstance(expr.transform, Reshape):
+        from ckptconv.spec import contiguous_strides
+
+        return Placed(expr.spec, inner.storage, inner.offset, contiguous_strides(expr.spec.shape))
+    if expr.transform.axis % len(inner.spec.shape) != 0:
+        return None
+    return rows(inner, expr.transform.start, expr.transform.stop)
+
+
+def _by_destination(copy: Copy) -> int:
+    return copy.destination
+
+
+def _check_memory(groups: Iterable[Sequence[Output]], max_memory: int | None) -> None:
+    for group in groups if max_memory is not None else ():
+        needed = peak_nbytes(group)
+        if max_memory is not None and needed > max_memory:
+            raise OutputError(
+                Problem("CK503", f"{printable(group[0].name)} and its like need {needed:,} bytes at once; --max-memory allows {max_memory:,}",
+                        where=str(group[0].origin), try_=f"--max-memory {needed // 10**6 + 1}MB")
+            )  # fmt: skip
+
+
+def _created(layout: FileLayout, folder: Path, stack: ExitStack) -> int:
+    """The output file at its full size. Space is asked for now, where the filesystem can promise it: a full disk shows before the work."""
+    descriptor = os.open(folder / layout.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    stack.callback(os.close, descriptor)
+    os.ftruncate(descriptor, layout.nbytes)
+    if layout.nbytes and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, layout.nbytes)
+        except OSError as error:
+            import errno
+
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    return descriptor
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What every task needs."""
+
+    placed: Mapping[str, Placed]
+    sources: Sources
+    descriptors: Mapping[str, int]
+    where: Mapping[str, _Place]
+    wants_crc: Mapping[str, bool]
+
+
+class _Crew:
+    """Threads that take tasks from one list until it is empty or one of them fails."""
+
+    def __init__(self, threads: int, report: Report) -> None:
+        self.threads, self.tasks = threads, list[tuple[Callable[..., None], tuple[Any, ...]]]()
+        self._lock = threading.Lock()
+        self._report_outside = report
+        self.stop = threading.Event()
+        self.crc32: list[tuple[str, str, int]] = []
+        self.digests: dict[str, str] = {}
+
+    def report(self, nbytes: int) -> None:
+        with self._lock:
+            self._report_outside(nbytes)
+
+    def run(self, bench: _Bench) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
+        waiting: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
+        for task in self.tasks:
+            waiting.put(task)
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            copiers: dict[str, Copier] = {}
+            try:
+                while not self.stop.is_set():
+                    try:
+                        task, arguments = waiting.get_nowait()
+                    except queue.Empty:
+                        break
+                    task(self, bench, copiers, *arguments)
+            except BaseException as error:  # noqa: BLE001  (handed to the thread that waits)
+                errors.append(error)
+                self.stop.set()
+            for file, copier in copiers.items():
+                with self._lock:
+                    self.crc32 += [(file, slot, value) for slot, value in copier.crc32.items()]
+
+        restore = _single_threaded_kernels(self.threads) if any(task is _compute for task, _ in self.tasks) else None
+        workers = [threading.Thread(target=work, name=f"ckptconv-{at}", daemon=True) for at in range(min(self.threads, len(self.tasks)))]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.2)  # in short turns, so that Ctrl-C is heard
+        finally:
+            self.stop.set()
+            for worker in workers:
+                worker.join()
+            if restore is not None:
+                restore()
+        if errors:
+            raise errors[0]
+        return self.crc32, self.digests
+
+
+def _copy(crew: _Crew, bench: _Bench, copiers: dict[str, Copier], file: str, batch: Sequence[Copy]) -> None:
+    if file not in copiers:
+        copiers[file] = Copier(bench.sources, bench.descriptors[file], crew.report, crew.stop)
+    copiers[file].run(batch)
+
+
+def _compute(crew: _Crew, bench: _Bench, copiers: dict[str, Copier], group: Sequence[Output]) -> None:  # noqa: ARG001
+    current = group[0]
+    try:
+        results = computed(group, lambda node: bench.sources.read_tensor(bench.placed[node.name]))
+        for current in group:
+            _, value = next(results)
+            _store(crew, bench, current, value)
+            del value
+            if crew.stop.is_set():
+                return
+    except Refusal as refusal:
+        problem = Problem(refusal.code, f"{printable(current.name)}: {refusal.what}", str(current.origin), refusal.found, refusal.try_)
+        raise FitError(problem) from None
+
+
+def _store(crew: _Crew, bench: _Bench, output: Output, value: Any) -> None:
+    place = bench.where[output.name]
+    value = value.detach().resolve_conj().resolve_neg().contiguous()
+    data = bytes_of(value)
+    digest, crc = xxhash.xxh3_128(), 0
+    for at in range(0, len(data), _CHUNK):
+        part = data[at : at + _CHUNK]
+        digest.update(part)
+        if bench.wants_crc[place.file]:
+            crc = zlib.crc32(part, crc)
+        write_at(bench.descriptors[place.file], place.offset + at, part)
+        crew.report(len(part))
+    with crew._lock:
+        crew.digests[output.name] = digest.hexdigest()
+        if bench.wants_crc[place.file]:
+            crew.crc32.append((place.file, output.name, crc))
+
+
+def _single_threaded_kernels(workers: int) -> Callable[[], None]:
+    """Workers are the parallelism: a kernel that opens threads of its own on top only makes them wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // workers))
+    return lambda: torch.set_num_threads(before)
+
+
+def seal_all(layouts: Sequence[FileLayout], receipt: Receipt, metadata: Mapping[str, str], folder: Path) -> None:
+    """Writes headers and directories. May be called again with metadata of the same lengths."""
+    for layout in layouts:
+        descriptor = os.open(folder / layout.name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            for offset, data in formats.WRITERS[layout.format].seal(layout, receipt.crc32[layout.name], metadata):
+                write_at(descriptor, offset, data)
+        finally:
+            os.close(descriptor)

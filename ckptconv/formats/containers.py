@@ -1,0 +1,224 @@
+"""From a file's object tree to the state_dicts in it.
+
+What counts as one, in this order:
+
+* a pickled ``nn.Module``: its parameters and persistent buffers, under the names that its ``state_dict()`` would give;
+* a dict whose values are tensors, with numbers, text and None beside them at most (they are skipped);
+* a dict of dicts without any dotted key, whose leaves are all tensors: a tree of parameters, its names joined by dots.
+
+Everything below a state_dict belongs to it. An optimizer's state (``state`` and ``param_groups``) is none, and neither are lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptconv.errors import Refusal, printable
+from ckptconv.formats.base import Container, Contents, Foreign, Placed, Unsupported
+from ckptconv.formats.pickle_machine import Global, Ordered, StorageRef
+from ckptconv.names import unusable
+
+MAX_DEPTH = 64
+MAX_NODES = 20_000_000
+MAX_SKIPPED = 200
+#: Names that trainers give to the weights, the likeliest first; what is not here comes after, the largest first.
+KNOWN = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights", "generator",
+         "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")  # fmt: skip
+_SCALARS = (str, int, float, bool, bytes, type(None))
+
+
+def contents_from_tree(
+    format: str, files: tuple[Path, ...], tree: Any, *, metadata: Mapping[str, str] | None = None, warnings: tuple[str, ...] = ()  # noqa: A002
+) -> Contents:
+    """The contents of a file whose object is ``tree``. Raises :class:`~ckptconv.errors.Refusal` for a tree that is none (cycles, too deep,
+    too large when written out) and for names that cannot be used."""
+    check_tree(tree)
+    found: dict[str, Container] = {}
+    _search(tree, (), found)
+    ranked = sorted(found.values(), key=_rank)
+    return Contents(
+        format, files, {container.path: container for container in ranked}, tree, metadata or {}, dict(_strangers(tree)), warnings,
+    )  # fmt: skip
+
+
+def check_tree(tree: Any) -> None:
+    """Refuses a tree that contains itself, nests too deep, or would be too large when every shared part is written out."""
+    weights: dict[int, int] = {}
+    open_: set[int] = set()
+    stack: list[tuple[Any, int, bool]] = [(tree, 0, False)]
+    while stack:
+        node, depth, leaving = stack.pop()
+        if not isinstance(node, (dict, list, tuple)) or (id(node) in weights and not leaving):
+            continue
+        children = node.values() if isinstance(node, dict) else node
+        if leaving:
+            open_.discard(id(node))
+            weights[id(node)] = 1 + sum(weights.get(id(child), 1) if isinstance(child, (dict, list, tuple)) else 1 for child in children)
+            if weights[id(node)] > MAX_NODES:
+                raise Refusal("the same containers are reached again and again: written out, the file would have no end", code="CK304")
+            continue
+        if id(node) in open_:
+            raise Refusal("a container holds itself", code="CK304")
+        if depth > MAX_DEPTH:
+            raise Refusal(f"the file nests deeper than {MAX_DEPTH}", code="CK304")
+        open_.add(id(node))
+        stack.append((node, depth, True))
+        stack.extend((child, depth + 1, False) for child in children if isinstance(child, (dict, list, tuple)))
+
+
+def _rank(container: Container) -> tuple[int, int, str]:
+    last = container.path.rsplit(".", 1)[-1]
+    order = -1 if container.path == "." else KNOWN.index(last) if last in KNOWN else len(KNOWN)
+    return order, -sum(placed.spec.numel for placed in container.tensors.values()), container.path
+
+
+def _search(node: Any, path: tuple[str, ...], found: dict[str, Container]) -> None:
+    if len(path) > MAX_DEPTH:
+        return
+    dotted = ".".join(path) or "."
+    if _is_module(node):
+        found[dotted] = _from_module(node, dotted)
+        return
+    if not isinstance(node, dict) or _is_optimizer(node):
+        return
+    if _is_state_dict(node) or _is_parameter_tree(node):
+        found[dotted] = _from_dict(node, dotted)
+        return
+    for key, value in node.items():
+        if isinstance(key, (str, int)) and isinstance(value, (dict, Foreign)):
+            _search(value, (*path, str(key)), found)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (Placed, Unsupported))
+
+
+def _is_optimizer(node: dict[Any, Any]) -> bool:
+    return "param_groups" in node and "state" in node
+
+
+def _is_state_dict(node: dict[Any, Any]) -> bool:
+    """Tensors, and beside them only what a state_dict may hold; or dicts of nothing but tensors (then their names are joined)."""
+    tensors = sum(map(_is_tensor, node.values()))
+    others = [value for value in node.values() if not _is_tensor(value) and not isinstance(value, _SCALARS)]
+    if not tensors or not any(isinstance(value, Placed) for value in node.values()):
+        return False
+    if any(isinstance(value, dict) and not _only_tensors(value) for value in others) or any(map(_is_module, others)):
+        # {"model": {…}, "loss": tensor}: the tensors beside a state_dict are not one
+        return tensors > 4 * len(node) // 5 and not any(map(_holds_state_dict, others))
+    return tensors * 2 >= len([value for value in node.values() if not isinstance(value, dict)])
+
+
+def _holds_state_dict(value: Any) -> bool:
+    return _is_module(value) or (isinstance(value, dict) and any(map(_is_tensor, value.values())))
+
+
+def _only_tensors(node: dict[Any, Any]) -> bool:
+    """A tree of parameters: every leaf is a tensor, and no key has a dot (a state_dict of its own would)."""
+    return bool(node) and all(
+        (isinstance(value, dict) and _only_tensors(value)) or _is_tensor(value) for value in node.values()
+    ) and not any("." in str(key) for key in node)  # fmt: skip
+
+
+def _is_parameter_tree(node: dict[Any, Any]) -> bool:
+    return not any(str(key) in KNOWN for key in node) and _only_tensors(node)
+
+
+def _from_dict(node: dict[Any, Any], path: str) -> Container:
+    tensors: dict[str, Placed] = {}
+    unsupported: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    seen: set[str] = set()
+    for parts, value in _leaves(node, ()):
+        name = ".".join(parts)
+        reason = unusable(name)
+        if reason:
+            raise Refusal(f"{reason}: {printable(name)!r}", code="CK306", found=f"in {printable(path)}")
+        if name in seen:
+            raise Refusal(f"two entries are called {printable(name)!r}", code="CK306", found=f"in {printable(path)}")
+        seen.add(name)
+        if isinstance(value, Placed):
+            tensors[name] = value
+        elif isinstance(value, Unsupported):
+            unsupported[name] = value.kind
+        else:
+            skipped[name] = value.name if isinstance(value, Foreign) else type(value).__name__
+    versions = node.metadata if isinstance(node, Ordered) else None
+    return Container(path, tensors, _versions(versions), skipped, unsupported)
+
+
+def _leaves(node: dict[Any, Any], parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in node.items():
+        if isinstance(key, (tuple, bytes)) or (isinstance(key, str) and key.startswith("<tuple ")):
+            raise Refusal("a state_dict's keys must be text", code="CK306", found=printable(key))
+        if isinstance(value, dict):
+            yield from _leaves(value, (*parts, str(key)))
+        else:
+            yield (*parts, str(key)), value
+
+
+def _versions(value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict):
+        return {}
+    plain = (int, float, str, bool, type(None))
+    return {
+        key: {name: item for name, item in entry.items() if isinstance(name, str) and isinstance(item, plain)}
+        for key, entry in value.items()
+        if isinstance(key, str) and isinstance(entry, dict)
+    }
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, Foreign) and isinstance(node.state, dict) and isinstance(node.state.get("_modules"), dict) and isinstance(node.state.get("_parameters"), dict)
+
+
+def _from_module(module: Foreign, path: str) -> Container:
+    tensors: dict[str, Placed] = {}
+    unsupported: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    stack: list[tuple[Foreign, tuple[str, ...]]] = [(module, ())]
+    while stack:
+        node, parts = stack.pop()
+        if len(parts) > MAX_DEPTH:
+            raise Refusal(f"modules nest deeper than {MAX_DEPTH}", code="CK304")
+        if len(tensors) > MAX_NODES:
+            raise Refusal("the modules never end", code="CK304")
+        state = node.state
+        transient = state.get("_non_persistent_buffers_set") or []
+        entries = [*state["_parameters"].items(), *((key, value) for key, value in (state.get("_buffers") or {}).items() if key not in transient)]
+        for key, value in entries:
+            name = ".".join((*parts, str(key)))
+            reason = unusable(name)
+            if reason:
+                raise Refusal(f"{reason}: {printable(name)!r}", code="CK306")
+            if isinstance(value, Placed):
+                tensors[name] = value
+            elif isinstance(value, Unsupported):
+                unsupported[name] = value.kind
+            elif value is not None:
+                skipped[name] = value.name if isinstance(value, Foreign) else type(value).__name__
+        children = [(child, (*parts, str(key))) for key, child in state["_modules"].items() if _is_module(child)]
+        stack.extend(reversed(children))
+    return Container(path, tensors, {}, skipped, unsupported)
+
+
+def _strangers(tree: Any) -> Iterator[tuple[str, str]]:
+    """Where objects of unknown classes stand in the file's dicts, by path; a bounded list."""
+    stack: list[tuple[Any, tuple[str, ...]]] = [(tree, ())]
+    count = 0
+    seen: set[int] = set()
+    while stack and count < MAX_SKIPPED:
+        node, path = stack.pop()
+        if isinstance(node, (Foreign, Global, StorageRef)):
+            if not _is_module(node):
+                count += 1
+                name = node.name if isinstance(node, (Foreign, Global)) else "storage"
+                yield printable(".".join(path) or "."), printable(name)
+        elif isinstance(node, dict) and id(node) not in seen:
+            seen.add(id(node))
+            stack.extend((value, (*path, str(key))) for key, value in reversed(node.items()) if isinstance(value, (dict, Foreign, Global, list)))
+        elif isinstance(node, list) and id(node) not in seen and len(node) <= 1000:
+            seen.add(id(node))
+            stack.extend((value, (*path, str(at))) for at, value in reversed(list(enumerate(node))) if isinstance(value, (dict, Foreign)))

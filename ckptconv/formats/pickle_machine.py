@@ -1,0 +1,468 @@
+"""Pickles read without running them: an own machine over the opcodes that honest checkpoints consist of.
+
+It builds dicts, lists, tuples, text, bytes, numbers, and places of tensors. Every other global becomes an inert
+:class:`~ckptconv.formats.base.Foreign`: never imported, never called. Globals that exist to run commands or code, or to open files or
+connections, are refused by name (CK303). Opcodes: https://docs.python.org/3/library/pickletools.html.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ckptconv.errors import Refusal, printable
+from ckptconv.formats.base import Foreign, Placed, Storage, Unsupported
+from ckptconv.formats.dtypes import QUANTISED_STORAGES, STORAGE_DTYPES, TORCH_DTYPES
+from ckptconv.formats.strangers import refused_reason
+from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, TensorSpec, contiguous_strides
+
+MAX_STEPS = 100_000_000
+MAX_MEMO = 20_000_000
+MAX_TEXT = 16 << 20
+MAX_MARKS = 256
+MAX_INTEGER_BYTES = 32
+#: A view that repeats its elements (``expand``) may be this much larger than what is stored, or this large at all.
+MAX_REPEAT, MAX_EXPANDED = 4, 1 << 30
+
+
+class Ordered(dict[Any, Any]):
+    """An ``OrderedDict`` of the file; ``metadata`` is its ``_metadata`` attribute (torch keeps module versions there)."""
+
+    metadata: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the pickle mentions: ``module.name``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A storage that a tensor is a view on; ``dtype`` is None where the tensor says it."""
+
+    dtype: DType | None
+    storage: Storage
+    nbytes: int
+    quantised: bool = False
+
+
+#: (storage class name, key, element count, view metadata) -> the storage. Raises Refusal for one that is not there.
+Resolve = Callable[[str, str, int, Any], StorageRef]
+
+
+def _bad(what: str, at: int = -1, *, code: str = "CK304", found: str = "") -> Refusal:
+    return Refusal(what, code=code, found=found or (f"at byte {at:,} of the pickle" if at >= 0 else ""))
+
+
+def run(raw: bytes, resolve: Resolve, start: int = 0) -> tuple[Any, int]:
+    """The object of the pickle that starts at ``start``, and where the pickle ends.
+
+    Raises :class:`~ckptconv.errors.Refusal`: CK303 for a global that is refused, CK304 for a malformed pickle or a passed limit,
+    CK305 for a tensor that does not lie in its storage.
+    """
+    machine = _Machine(raw, resolve, start)
+    try:
+        return machine.run()
+    except (IndexError, KeyError, struct.error, UnicodeDecodeError, ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, Refusal):
+            raise
+        what = "the pickle ends early" if machine.at >= len(raw) else f"the pickle is malformed ({type(error).__name__})"
+        raise _bad(what, machine.at) from None
+
+
+class _Machine:
+    def __init__(self, raw: bytes, resolve: Resolve, start: int) -> None:
+        self.raw, self.resolve, self.at = raw, resolve, start
+        self.globals: dict[tuple[str, str], Global] = {}
+
+    def run(self) -> tuple[Any, int]:  # noqa: C901  (one loop over the opcodes, most frequent first)
+        raw, at = self.raw, self.at
+        stack: list[Any] = []
+        marks: list[list[Any]] = []
+        memo: dict[int, Any] = {}
+        unpack_u2, unpack_u4, unpack_i4 = struct.Struct("<H").unpack_from, struct.Struct("<I").unpack_from, struct.Struct("<i").unpack_from
+        for _ in range(MAX_STEPS):
+            self.at = at
+            op = raw[at]
+            at += 1
+            if op == 0x71:  # BINPUT
+                memo[raw[at]] = stack[-1]
+                at += 1
+            elif op == 0x68:  # BINGET
+                stack.append(memo[raw[at]])
+                at += 1
+            elif op == 0x72:  # LONG_BINPUT
+                if len(memo) > MAX_MEMO:
+                    raise _bad(f"the pickle remembers more than {MAX_MEMO:,} things", at)
+                memo[unpack_u4(raw, at)[0]] = stack[-1]
+                at += 4
+            elif op == 0x6A:  # LONG_BINGET
+                stack.append(memo[unpack_u4(raw, at)[0]])
+                at += 4
+            elif op == 0x4B:  # BININT1
+                stack.append(raw[at])
+                at += 1
+            elif op == 0x58:  # BINUNICODE
+                (size,) = unpack_u4(raw, at)
+                stack.append(self.text(at + 4, size))
+                at += 4 + size
+            elif op == 0x28:  # MARK
+                if len(marks) > MAX_MARKS:
+                    raise _bad(f"the pickle nests deeper than {MAX_MARKS}", at)
+                marks.append(stack)
+                stack = []
+            elif op == 0x74:  # TUPLE
+                items = tuple(stack)
+                stack = self.unmark(marks)
+                stack.append(items)
+            elif op == 0x51:  # BINPERSID
+                stack.append(self.persistent(stack.pop()))
+            elif op == 0x52:  # REDUCE
+                arguments = stack.pop()
+                stack.append(self.reduce(stack.pop(), arguments))
+            elif op == 0x89:  # NEWFALSE
+                stack.append(False)
+            elif op == 0x29:  # EMPTY_TUPLE
+                stack.append(())
+            elif op == 0x85:  # TUPLE1
+                stack.append((stack.pop(),))
+            elif op == 0x86:  # TUPLE2
+                second = stack.pop()
+                stack.append((stack.pop(), second))
+            elif op == 0x87:  # TUPLE3
+                third, second = stack.pop(), stack.pop()
+                stack.append((stack.pop(), second, third))
+            elif op == 0x4D:  # BININT2
+                stack.append(unpack_u2(raw, at)[0])
+                at += 2
+            elif op == 0x4A:  # BININT
+                stack.append(unpack_i4(raw, at)[0])
+                at += 4
+            elif op == 0x94:  # MEMOIZE
+                if len(memo) > MAX_MEMO:
+                    raise _bad(f"the pickle remembers more than {MAX_MEMO:,} things", at)
+                memo[len(memo)] = stack[-1]
+            elif op == 0x8C:  # SHORT_BINUNICODE
+                stack.append(self.text(at + 1, raw[at]))
+                at += 1 + raw[at]
+            elif op == 0x63:  # GLOBAL
+                first = raw.index(b"\n", at, at + 2000)
+                second = raw.index(b"\n", first + 1, first + 2000)
+                stack.append(self.named(raw[at:first].decode(), raw[first + 1 : second].decode()))
+                at = second + 1
+            elif op == 0x93:  # STACK_GLOBAL
+                name = stack.pop()
+                stack.append(self.named(stack.pop(), name))
+            elif op == 0x75:  # SETITEMS
+                items = stack
+                stack = self.unmark(marks)
+                self.set_items(stack[-1], items)
+            elif op == 0x73:  # SETITEM
+                value = stack.pop()
+                self.set_items(stack[-2], [stack.pop(), value])
+            elif op == 0x7D:  # EMPTY_DICT
+                stack.append({})
+            elif op == 0x5D:  # EMPTY_LIST
+                stack.append([])
+            elif op == 0x61:  # APPEND
+                value = stack.pop()
+                self.extend(stack[-1], [value])
+            elif op == 0x65:  # APPENDS
+                items = stack
+                stack = self.unmark(marks)
+                self.extend(stack[-1], items)
+            elif op == 0x4E:  # NONE
+                stack.append(None)
+            elif op == 0x88:  # NEWTRUE
+                stack.append(True)
+            elif op == 0x47:  # BINFLOAT
+                stack.append(struct.unpack_from(">d", raw, at)[0])
+                at += 8
+            elif op == 0x8A:  # LONG1
+                size = raw[at]
+                if size > MAX_INTEGER_BYTES:
+                    raise _bad(f"an integer of {size} bytes", at)
+                stack.append(int.from_bytes(self.bytes(at + 1, size), "little", signed=True))
+                at += 1 + size
+            elif op == 0x62:  # BUILD
+                state = stack.pop()
+                self.build(stack[-1], state)
+            elif op == 0x81:  # NEWOBJ
+                arguments = stack.pop()
+                stack.append(self.new(stack.pop(), arguments))
+            elif op == 0x92:  # NEWOBJ_EX
+                stack.pop()
+                arguments = stack.pop()
+                stack.append(self.new(stack.pop(), arguments))
+            elif op in (0x43, 0x55):  # SHORT_BINBYTES, SHORT_BINSTRING
+                stack.append(self.bytes(at + 1, raw[at]) if op == 0x43 else self.bytes(at + 1, raw[at]).decode("latin-1"))
+                at += 1 + raw[at]
+            elif op in (0x42, 0x54):  # BINBYTES, BINSTRING
+                (size,) = unpack_u4(raw, at)
+                found = self.bytes(at + 4, size)
+                stack.append(found if op == 0x42 else found.decode("latin-1"))
+                at += 4 + size
+            elif op in (0x8D, 0x8E):  # BINUNICODE8, BINBYTES8
+                (size,) = struct.unpack_from("<Q", raw, at)
+                stack.append(self.text(at + 8, size) if op == 0x8D else self.bytes(at + 8, size))
+                at += 8 + size
+            elif op == 0x95:  # FRAME
+                at += 8
+            elif op == 0x80:  # PROTO
+                if raw[at] > 5:
+                    raise _bad(f"pickle protocol {raw[at]}", at)
+                at += 1
+            elif op == 0x8F:  # EMPTY_SET; kept as a list: nothing of a file is ever hashed but plain keys
+                stack.append([])
+            elif op in (0x90, 0x91):  # ADDITEMS, FROZENSET
+                items = stack
+                stack = self.unmark(marks)
+                if op == 0x91:
+                    stack.append(items)
+                else:
+                    self.extend(stack[-1], items)
+            elif op == 0x30:  # POP
+                if stack:
+                    stack.pop()
+                else:
+                    stack = self.unmark(marks)
+            elif op == 0x31:  # POP_MARK
+                stack = self.unmark(marks)
+            elif op == 0x32:  # DUP
+                stack.append(stack[-1])
+            elif op == 0x2E:  # STOP
+                if marks or len(stack) != 1:
+                    raise _bad("the pickle ends with something left over", at - 1)
+                return stack[0], at
+            else:
+                raise _bad(f"opcode 0x{op:02x} is none that an honest checkpoint needs", at - 1)
+        raise _bad(f"the pickle has more than {MAX_STEPS:,} steps")
+
+    def unmark(self, marks: list[list[Any]]) -> list[Any]:
+        if not marks:
+            raise _bad("a mark is missing", self.at)
+        return marks.pop()
+
+    def bytes(self, at: int, size: int) -> bytes:
+        if size > MAX_TEXT:
+            raise _bad(f"a text of {size:,} bytes; at most {MAX_TEXT:,} are read", at)
+        found = self.raw[at : at + size]
+        if len(found) != size:
+            raise _bad("the pickle ends early", at)
+        return found
+
+    def text(self, at: int, size: int) -> str:
+        return self.bytes(at, size).decode("utf-8", "surrogatepass")
+
+    def named(self, module: Any, name: Any) -> Global:
+        key = (module, name)
+        found = self.globals.get(key) if type(module) is str and type(name) is str else None
+        if found is not None:
+            return found
+        if type(module) is not str or type(name) is not str or not module or not name or len(module) + len(name) > 1000:
+            raise _bad("a global without a proper name", self.at)
+        reason = refused_reason(module, name)
+        if reason:
+            raise Refusal(
+                f"the file asks for {printable(module)}.{printable(name)}, which {reason}; nothing of it was run", code="CK303",
+                found=f"at byte {self.at:,} of the pickle", try_="do not load this file anywhere; ask its author for safetensors",
+            )  # fmt: skip
+        self.globals[key] = found = Global(f"{module}.{name}")
+        return found
+
+    def set_items(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, Foreign):
+            return  # the entries of an object that is never built
+        if not isinstance(target, dict):
+            raise _bad(f"entries are set on a {type(target).__name__}", self.at)
+        if len(items) % 2:
+            raise _bad("a key without a value", self.at)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, int, float, bool, bytes, type(None)):
+                # Hashing nested tuples can take for ever; such keys stand in tables that are no tensors, and are kept under a text.
+                key = f"<{type(key).__name__} {len(target)}>"  # noqa: PLW2901
+            if key in target:
+                raise _bad(f"the key {printable(key)!r} stands twice", self.at, code="CK306")
+            target[key] = value
+
+    def extend(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, Foreign):
+            return
+        if not isinstance(target, list):
+            raise _bad(f"items are appended to a {type(target).__name__}", self.at)
+        target.extend(items)
+
+    def build(self, target: Any, state: Any) -> None:
+        if isinstance(target, Foreign):
+            target.state = state
+        elif isinstance(target, Ordered) and isinstance(state, dict) and not set(state) - {"_metadata"}:
+            target.metadata = state.get("_metadata")
+        else:
+            kind = "tensor" if isinstance(target, (Placed, Unsupported)) else type(target).__name__
+            raise _bad(f"the file sets attributes on a {kind}", self.at)
+
+    def new(self, kind: Any, arguments: Any) -> Any:
+        if not isinstance(kind, Global) or not isinstance(arguments, tuple):
+            raise _bad("an object of something that is no class", self.at)
+        if kind.name in _DICTS:
+            return Ordered()
+        return Foreign(kind.name, arguments=arguments)
+
+    def reduce(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(arguments, tuple):
+            raise _bad("a call without arguments", self.at)
+        if not isinstance(function, Global):
+            if isinstance(function, Foreign):
+                return Foreign(f"{function.name}()", arguments=arguments)
+            raise _bad(f"a call of a {type(function).__name__}", self.at)
+        known = _KNOWN.get(function.name)
+        return known(arguments) if known is not None else Foreign(function.name, arguments=arguments)
+
+    def persistent(self, reference: Any) -> StorageRef:
+        if not isinstance(reference, tuple) or len(reference) not in (5, 6) or reference[0] != "storage" or not isinstance(reference[1], Global):
+            raise _bad("a reference that is no storage", self.at)
+        _, kind, key, _, count = reference[:5]
+        if type(count) is not int or not 0 <= count <= MAX_ELEMENTS or type(key) not in (str, int):
+            raise _bad("a storage with an impossible size or key", self.at, code="CK305")
+        return self.resolve(kind.name.rsplit(".", 1)[-1], str(key), count, reference[5] if len(reference) == 6 else None)
+
+
+def storage_dtype(kind: str) -> tuple[DType | None, int, bool]:
+    """dtype (None: the tensor says it), bytes of one element, and whether it is quantised, of a storage class."""
+    if kind in STORAGE_DTYPES:
+        return STORAGE_DTYPES[kind], STORAGE_DTYPES[kind].nbytes, False
+    if kind in QUANTISED_STORAGES:
+        return None, QUANTISED_STORAGES[kind], True
+    if kind == "UntypedStorage":
+        return None, 1, False
+    raise _bad(f"there is no storage class {printable(kind)!r}", code="CK305")
+
+
+def _sizes(value: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or any(type(size) is not int or not 0 <= size <= MAX_ELEMENTS for size in value):
+        raise _bad(f"a tensor whose {what} is no row of sizes", code="CK305", found=printable(value))
+    if len(value) > MAX_RANK:
+        raise _bad(f"a tensor of rank {len(value)}; at most {MAX_RANK} are read", code="CK305")
+    return tuple(value)
+
+
+def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | Unsupported:
+    """``_rebuild_tensor``, ``_v2`` and ``_v3``: storage, offset, size, stride, and whether it wants gradients."""
+    reference, offset, size, stride = arguments[:4]
+    if not isinstance(reference, StorageRef) or type(offset) is not int or not 0 <= offset <= MAX_ELEMENTS:
+        raise _bad("a tensor without a storage or with an impossible offset", code="CK305")
+    shape, strides = _sizes(size, "shape"), _sizes(stride, "strides")
+    if len(shape) != len(strides):
+        raise _bad("a tensor with more sizes than strides, or fewer", code="CK305", found=f"{list(shape)} and {list(strides)}")
+    if reference.quantised:
+        return Unsupported("quantized")
+    dtype = dtype or reference.dtype
+    if dtype is None:
+        raise _bad("a tensor without a dtype", code="CK305")
+    spec = TensorSpec(shape, dtype)
+    available = reference.nbytes // dtype.nbytes
+    needed = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if 0 not in shape else offset
+    if needed > available:
+        raise _bad("a tensor reaches past the end of its storage", code="CK305", found=f"{needed:,} elements needed, {available:,} stored")
+    if prod(n or 1 for n in shape) > MAX_ELEMENTS or (spec.numel > MAX_REPEAT * max(available, 1) and spec.nbytes > MAX_EXPANDED):
+        raise _bad("a tensor repeats its elements beyond measure", code="CK305", found=f"{spec}, {available:,} elements stored")
+    if 0 in shape:
+        strides = contiguous_strides(shape)
+    return Placed(spec, reference.storage, offset * dtype.nbytes, strides, bool(arguments[4]) if len(arguments) > 4 else False)
+
+
+def _tensor_v3(arguments: tuple[Any, ...]) -> Placed | Unsupported:
+    named = arguments[6] if len(arguments) > 6 else None
+    if not isinstance(named, Global) or named.name not in TORCH_DTYPES:
+        return Unsupported(f"dtype {named.name}" if isinstance(named, Global) else "unknown dtype")
+    return _tensor(arguments, TORCH_DTYPES[named.name])
+
+
+def _inner(arguments: tuple[Any, ...]) -> Any:
+    """``_rebuild_parameter(data, requires_grad, hooks)``: the tensor, whatever hooks come with it."""
+    return arguments[0] if arguments and isinstance(arguments[0], (Placed, Unsupported)) else Unsupported("parameter of unknown data")
+
+
+def _from_type(arguments: tuple[Any, ...]) -> Any:
+    """``_rebuild_from_type_v2(function, type, arguments, state)``: the plain tensor of a Parameter; other subclasses are only named."""
+    if len(arguments) != 4 or not all(isinstance(item, Global) for item in arguments[:2]) or not isinstance(arguments[2], tuple):
+        raise _bad("a tensor subclass that is rebuilt by something unknown", code="CK305")
+    function, kind = arguments[0].name, arguments[1].name
+    rebuild = _KNOWN.get(function)
+    if rebuild is None or function not in _TENSORS:
+        raise Refusal(f"a tensor subclass is to be rebuilt by {printable(function)}", code="CK303", try_="ask the author for plain tensors")
+    made = rebuild(arguments[2])
+    return made if kind in ("torch.nn.parameter.Parameter", "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer") else Unsupported(kind)
+
+
+def _encode(arguments: tuple[Any, ...]) -> bytes:
+    if len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] not in ("latin1", "latin-1", "utf-8"):
+        raise _bad("bytes in an unknown encoding")
+    return arguments[0].encode(arguments[1])
+
+
+def _reconstructed(arguments: tuple[Any, ...]) -> Foreign:
+    if not arguments or not isinstance(arguments[0], Global):
+        raise _bad("an object of something that is no class")
+    return Foreign(arguments[0].name, arguments=arguments[1:])
+
+
+def _mapping(arguments: tuple[Any, ...]) -> Ordered:
+    found = Ordered()
+    if arguments and isinstance(arguments[-1], dict):
+        found.update(arguments[-1])
+    elif len(arguments) == 1 and isinstance(arguments[0], list):  # Python 2 wrote the pairs
+        for pair in arguments[0]:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or type(pair[0]) not in (str, int) or pair[0] in found:
+                raise _bad("an ordered dict of something that is no pairs")
+            found[pair[0]] = pair[1]
+    return found
+
+
+def _unsupported(kind: str) -> Callable[[tuple[Any, ...]], Unsupported]:
+    return lambda _arguments: Unsupported(kind)
+
+
+def _plain_list(arguments: tuple[Any, ...]) -> list[Any]:
+    return list(arguments[0]) if arguments and isinstance(arguments[0], (list, tuple)) else []
+
+
+def _size(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    return _sizes(arguments[0] if arguments else (), "size")
+
+
+_DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
+_TENSORS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _inner,
+    "torch._utils._rebuild_parameter_with_state": _inner,
+    "torch._utils._rebuild_qtensor": _unsupported("quantized"),
+    "torch._utils._rebuild_sparse_tensor": _unsupported("sparse"),
+    "torch._utils._rebuild_sparse_csr_tensor": _unsupported("sparse"),
+    "torch._utils._rebuild_nested_tensor": _unsupported("nested"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _unsupported("meta"),
+    "torch._utils._rebuild_wrapper_subclass": _unsupported("tensor subclass"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _unsupported("device tensor"),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _unsupported("device tensor"),
+}
+_KNOWN: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+    **_TENSORS,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.nn.parameter.Parameter": _inner,
+    "torch.nn.parameter.Buffer": _inner,
+    "torch.Size": _size,
+    "torch.distributed.tensor._api.DTensor": _unsupported("DTensor"),
+    "_codecs.encode": _encode,
+    "copyreg._reconstructor": _reconstructed,
+    "copy_reg._reconstructor": _reconstructed,
+    "copyreg.__newobj__": _reconstructed,
+    **dict.fromkeys(_DICTS, _mapping),
+    **{f"{builtins}.{name}": _plain_list for builtins in ("builtins", "__builtin__") for name in ("set", "frozenset", "list")},
+}

@@ -1,0 +1,9 @@
+"""What a checkpoint must load into, said as one word: a model, a checkpoint, or a saved manifest."""
+
+from __future__ import annotations
+
+from ckptconv.target.building import manifest_of, strict_load
+from ckptconv.target.loading import StrictResult, load_into
+from ckptconv.target.words import Target, parse
+
+__all__ = ["StrictResult", "Target", "load_into", "manifest_of", "parse", "strict_load"]

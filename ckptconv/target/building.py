@@ -1,0 +1,153 @@
+"""Targets as manifests, and strict loading into them. Models are built by a child process with a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckptconv import formats
+from ckptconv.errors import FitError, InputError, Problem, Refusal, UsageError, printable
+from ckptconv.spec import Manifest
+from ckptconv.target.loading import StrictResult
+from ckptconv.target.words import Target
+
+MAX_ANSWER = 1 << 28
+_TAIL = 1500
+
+
+def manifest_of(target: Target, *, timeout: float = 300.0) -> Manifest:
+    """Names, shapes, dtypes, ties and buffers of what the checkpoint must load into.
+
+    Raises :class:`~ckptconv.errors.FitError` CK406 where the target cannot be built, with the reason.
+    """
+    if target.kind == "manifest":
+        return _saved(target)
+    if target.kind == "checkpoint":
+        try:
+            contents = formats.read(target.path)
+        except Refusal as refusal:
+            raise InputError(refusal.at(printable(target.text))) from None
+        if len(contents.containers) != 1 and "." not in contents.containers:
+            listed = ", ".join(map(printable, contents.containers)) or "none"
+            raise InputError(Problem("CK309", "the target file must hold one state_dict", where=printable(target.text), found=listed))
+        return contents.containers["." if "." in contents.containers else next(iter(contents.containers))].manifest
+    answer = _ask(target, {"what": "manifest"}, timeout)
+    return Manifest.from_json(answer["manifest"])
+
+
+def strict_load(
+    target: Target, files: Sequence[Path], format: str, *, timeout: float = 300.0, allow_missing: Sequence[str] = (),  # noqa: A002
+    allow_unexpected: Sequence[str] = (), container: Sequence[str] = (),
+) -> StrictResult:  # fmt: skip
+    """The model, built on the meta device, loads the written ``files`` (mapped, not read) with ``strict=True, assign=True``."""
+    request = {
+        "what": "load", "files": [str(file.absolute()) for file in files], "format": format, "allow_missing": list(allow_missing),
+        "allow_unexpected": list(allow_unexpected), "container": list(container),
+    }  # fmt: skip
+    answer = _ask(target, request, timeout)
+    return StrictResult(answer["loaded"], answer["error"], tuple(answer["missing"]), tuple(answer["unexpected"]), tuple(answer["notes"]))
+
+
+def _saved(target: Target) -> Manifest:
+    try:
+        return Manifest.from_json(json.loads(target.path.read_bytes()))
+    except OSError as error:
+        raise UsageError(Problem("CK107", f"the manifest cannot be read: {error.strerror}", where=printable(target.text))) from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(Problem("CK107", f"not a saved manifest: {printable(error)}", where=printable(target.text))) from None
+
+
+def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """One request to a child process, and its answer."""
+    full = {
+        **request, "kind": target.kind, "name": target.name, "path": str(target.path.absolute()) if target.kind == "hf" else "",
+        "arguments": list(target.arguments), "working_folder": os.getcwd(),
+    }  # fmt: skip
+    answer_read, answer_write = os.pipe()
+    # -P keeps the working folder off the front of the path (3.11); before, starting a file by its path does: only its own folder is there.
+    start = [sys.executable, "-c", _START, str(Path(__file__).parent.parent.parent)]
+    with tempfile.TemporaryFile() as request_file, tempfile.TemporaryFile() as said:
+        request_file.write(json.dumps(full).encode())
+        request_file.seek(0)
+        try:
+            child = subprocess.Popen(
+                [*start, str(request_file.fileno()), str(answer_write)], stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                pass_fds=(request_file.fileno(), answer_write), start_new_session=True, preexec_fn=_limit_output,
+            )  # fmt: skip
+        finally:
+            os.close(answer_write)
+        try:
+            raw = _collected(answer_read, child, timeout)
+        finally:
+            os.close(answer_read)
+            _end(child)
+        said.seek(max(0, said.seek(0, os.SEEK_END) - _TAIL))
+        tail = said.read().decode("utf-8", "replace")
+    where = printable(target.text)
+    if raw is None:
+        raise FitError(Problem("CK406", f"building the target took longer than {timeout:g} s", where=where, try_="--timeout SECONDS"))
+    try:
+        answer = json.loads(raw)
+    except ValueError:
+        found = printable(tail.strip().splitlines()[-1]) if tail.strip() else ""
+        code = child.returncode
+        ended = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+        raise FitError(Problem("CK406", f"building the target ended {ended}, without an answer", where=where, found=found)) from None
+    if "failed" in answer:
+        raise FitError(Problem(answer["code"], printable(answer["failed"], 600), where=where, try_=printable(answer["try"], 300)))
+    return dict(answer)
+
+
+#: The child's first lines: the working folder goes off the path before anything is imported from it.
+_START = "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append(sys.argv.pop(1)); from ckptconv.target.child import main; main()"
+
+
+def _limit_output() -> None:
+    """What the child prints goes to a file that cannot grow past 64 MiB; more of it ends in an error of its own."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 26, 1 << 26))
+
+
+def _collected(descriptor: int, child: subprocess.Popen[bytes], timeout: float) -> bytes | None:
+    """Everything that comes out of the pipe, or None when time is up."""
+    deadline, parts, size = time.monotonic() + timeout, [], 0
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        ready, _, _ = select.select([descriptor], [], [], min(left, 0.5))
+        if ready:
+            part = os.read(descriptor, 1 << 16)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+            size += len(part)
+            if size > MAX_ANSWER:
+                return b"".join(parts)
+        elif child.poll() is not None and not select.select([descriptor], [], [], 0)[0]:
+            # Dead, and nothing left to read: a grandchild may still hold the pipe open.
+            return b"".join(parts)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """The child and everything that it started are gone."""
+    try:
+        child.wait(0.5)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()

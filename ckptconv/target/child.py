@@ -1,0 +1,211 @@
+"""The process in which targets are built: the user's code runs here, and only here.
+
+Reads one request (JSON) from the descriptor named on its command line and writes one answer to the other; what user code prints goes to
+stdout and stderr, and cannot be taken for an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Unbuildable(Exception):  # noqa: N818  (an answer, not a fault)
+    """Why there is no model, and what to try."""
+
+    def __init__(self, what: str, try_: str = "", code: str = "CK406") -> None:
+        super().__init__(what)
+        self.what, self.try_, self.code = what, try_, code
+
+
+def main() -> None:
+    """Answers one request."""
+    request_fd, answer_fd = int(sys.argv[1]), int(sys.argv[2])
+    with os.fdopen(request_fd, "rb") as stream:
+        request = json.load(stream)
+    answered = False
+
+    def answer(data: Mapping[str, Any]) -> None:
+        nonlocal answered
+        answered = True
+        with os.fdopen(answer_fd, "wb") as stream:
+            stream.write(json.dumps(data).encode())
+
+    # Modules lie where Python finds them, and last in the working folder: what lies there never shadows an installed library.
+    sys.path.append(request["working_folder"])
+    try:
+        answer(_answer(request))
+    except Unbuildable as reason:
+        answer({"failed": reason.what, "try": reason.try_, "code": reason.code})
+    except BaseException as error:  # noqa: BLE001  (user code may raise anything, SystemExit included)
+        if not answered:
+            what = f"it ended the process (exit code {error.code})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+            answer({"failed": f"building the model failed: {what}", "try": "", "code": "CK406"})
+    os._exit(0)  # threads or exit handlers of user code must not keep us
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    model, notes = _built(request)
+    if request["what"] == "manifest":
+        return {"manifest": _manifest(model, notes), "notes": notes}
+    from ckptconv.target.loading import load_into
+
+    state = _written(request)
+    result = load_into(model, state, allow_missing=request["allow_missing"], allow_unexpected=request["allow_unexpected"], assign=True)
+    return {
+        "loaded": result.loaded, "error": result.error, "missing": list(result.missing), "unexpected": list(result.unexpected),
+        "notes": [*notes, *result.notes],
+    }  # fmt: skip
+
+
+def _built(request: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+    import torch
+
+    factory = {"py": _py_factory, "timm": _timm_factory, "hf": _hf_factory}[request["kind"]](request)
+    notes: list[str] = []
+    try:
+        with torch.device("meta"):
+            model = factory()
+    except Exception as error:
+        # Some constructors compute with their own weights, which meta tensors cannot do: built for real, then moved.
+        if not isinstance(error, (NotImplementedError, RuntimeError)):
+            raise
+        try:
+            model = factory()
+        except Exception:
+            raise error from None
+        model = model.to("meta") if isinstance(model, torch.nn.Module) else model
+        notes.append("the model cannot be built on the meta device; it was built on the CPU")
+    if not isinstance(model, torch.nn.Module):
+        raise Unbuildable(f"the factory gives a {type(model).__name__}, not an nn.Module")
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model, notes
+
+
+def _py_factory(request: Mapping[str, Any]) -> Any:
+    import importlib
+
+    module_name, _, attribute = request["name"].partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.split(".")[0] == error.name.split(".")[0]:
+            raise Unbuildable(f"there is no module {module_name!r}", "the working folder and PYTHONPATH are searched") from None
+        raise Unbuildable(f"importing {module_name} failed: {error}", f"pip install {error.name}" if error.name else "") from None
+    except Exception as error:
+        raise Unbuildable(f"importing {module_name} failed: {type(error).__name__}: {error}") from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise Unbuildable(f"{module_name} has no {attribute!r}", f"it has {', '.join(name for name in vars(found) if not name.startswith('_'))[:200]}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise Unbuildable(f"{module_name}:{attribute} is a {type(found).__name__}, not something to call", "name a function or a class that gives the model")
+
+    def build() -> Any:
+        try:
+            return found(**dict(request["arguments"]))
+        except TypeError as error:
+            if "argument" in str(error):
+                raise Unbuildable(f"{attribute}() cannot be called like this: {error}", f"py:{request['name']}?name=value, or a function without arguments") from None
+            raise
+
+    return build
+
+
+def _timm_factory(request: Mapping[str, Any]) -> Any:
+    from ckptconv.target.torchvision_ops import import_with_torchvision
+
+    try:
+        timm = import_with_torchvision("timm")
+    except ModuleNotFoundError as error:
+        raise Unbuildable(f"timm: targets need the package {error.name}", "pip install 'ckptconv[timm]'", "CK505") from None
+    name = request["name"]
+    if not timm.is_model(name):
+        from ckptconv.names import nearest
+
+        close = nearest(name, timm.list_models())
+        raise Unbuildable(f"timm has no model {name!r}", f"did you mean {close}?" if close else "")
+    return lambda: timm.create_model(name, pretrained=False, **dict(request["arguments"]))
+
+
+def _hf_factory(request: Mapping[str, Any]) -> Any:
+    folder, _, class_name = request["path"].partition("#")
+    if not (Path(folder) / "config.json").is_file():
+        raise Unbuildable(f"there is no config.json in {folder}", "hf:FOLDER wants the folder of a model")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from ckptconv.target.torchvision_ops import import_with_torchvision
+
+    try:
+        transformers = import_with_torchvision("transformers")
+    except ModuleNotFoundError as error:
+        raise Unbuildable(f"hf: targets need the package {error.name}", "pip install 'ckptconv[hf]'", "CK505") from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise Unbuildable(f"transformers {transformers.__version__} cannot read this config: {error}") from None
+    wanted = class_name or next(iter(getattr(config, "architectures", None) or []), "")
+    if wanted:
+        kind = getattr(transformers, wanted, None)
+        if kind is None:
+            raise Unbuildable(f"transformers {transformers.__version__} has no class {wanted!r}", "hf:FOLDER#ClassName names another")
+        return lambda: kind(config)
+    return lambda: transformers.AutoModel.from_config(config)
+
+
+def _manifest(model: nn.Module, notes: list[str]) -> dict[str, Any]:
+    import torch
+
+    from ckptconv.spec import DType, Manifest, TensorSpec
+
+    tensors: dict[str, TensorSpec] = {}
+    names: dict[int, list[str]] = {}
+    parameters = {id(parameter) for parameter in model.parameters()}
+    buffers = []
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            notes.append(f"{name} is no tensor and is not compared")
+            continue
+        tensors[name] = TensorSpec(tuple(value.shape), DType(str(value.dtype).removeprefix("torch.")))
+        names.setdefault(id(value), []).append(name)
+        if id(value) not in parameters:
+            buffers.append(name)
+    ties = tuple(tuple(group) for group in names.values() if len(group) > 1)
+    return Manifest(tensors, ties, frozenset(buffers)).to_json()
+
+
+def _written(request: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The written files, mapped, by the plain libraries that everyone else reads them with."""
+    import torch
+
+    state: dict[str, Tensor] = {}
+    for file in request["files"]:
+        if request["format"] == "torch":
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            for key in request["container"]:
+                loaded = loaded[key]
+            state.update(loaded)
+            continue
+        from ckptconv.formats.safetensors import read
+
+        contents = read(Path(file))
+        aliases = contents.containers["."].manifest.aliases
+        try:
+            from safetensors import safe_open
+        except ModuleNotFoundError:
+            raise Unbuildable("loading safetensors needs the package safetensors", "pip install safetensors", "CK505") from None
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
+        state.update({name: tensors[aliases.get(name, name)] for name in contents.containers["."].tensors})
+    return state
+
+
+if __name__ == "__main__":
+    main()

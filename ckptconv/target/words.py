@@ -1,0 +1,84 @@
+"""The word that names a target, parsed once."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+from ckptconv.errors import Problem, UsageError, printable
+
+_PY = re.compile(r"([A-Za-z_][\w]*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
+_MODELS = ("py", "timm", "hf")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parsed target. ``text`` is what the user wrote."""
+
+    kind: Literal["py", "timm", "hf", "manifest", "checkpoint"]
+    text: str
+    name: str  #: module:factory, model name, or a path
+    arguments: tuple[tuple[str, Any], ...] = ()  #: of the factory
+    base: Path | None = None  #: where a relative folder starts
+
+    @property
+    def is_model(self) -> bool:
+        """True when there is a model to load into, and not only names and shapes."""
+        return self.kind in _MODELS
+
+    @property
+    def path(self) -> Path:
+        """The file or folder of an ``hf``, manifest or checkpoint target."""
+        path = Path(self.name)
+        return self.base / path if self.base is not None and not path.is_absolute() else path
+
+
+def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path | None = None) -> Target:
+    """The target that ``text`` means. From a rule file it may neither name code nor leave its folder.
+
+    >>> parse("timm:resnet18?num_classes=10", origin="command line").arguments
+    (('num_classes', 10),)
+
+    Raises :class:`~ckptconv.errors.UsageError`: CK107 for what is no target, CK106 for what only the command line may say.
+    """
+    kind, colon, rest = text.partition(":")
+    if colon and kind in _MODELS:
+        name, _, query = rest.partition("?")
+        arguments = tuple((key, _literal(value)) for key, value in parse_qsl(query, keep_blank_values=True))
+        if kind == "py":
+            if origin == "rule file":
+                raise UsageError(Problem("CK106", "a rule file cannot name code as its target", where=printable(text), try_=f"--target {printable(text)}"))
+            if not _PY.fullmatch(name):
+                raise UsageError(Problem("CK107", "want py:package.module:factory", where=printable(text)))
+            return Target("py", text, name, arguments)
+        if not name:
+            raise UsageError(Problem("CK107", f"want {kind}:{'NAME' if kind == 'timm' else 'FOLDER'}", where=printable(text)))
+        if kind == "timm":
+            return Target("timm", text, name, arguments)
+        _confined(name, text, origin)
+        return Target("hf", text, name, arguments, base)
+    _confined(text, text, origin)
+    path = base / text if base is not None else Path(text)
+    if not path.exists():
+        raise UsageError(
+            Problem("CK107", "there is no such target", where=printable(text),
+                    try_="py:module:factory, timm:NAME, hf:FOLDER, a checkpoint, or a manifest saved by `ckptconv inspect --save-manifest`")
+        )  # fmt: skip
+    return Target("manifest" if path.suffix == ".json" and not path.name.endswith(".index.json") else "checkpoint", text, text, (), base)
+
+
+def _confined(name: str, text: str, origin: str) -> None:
+    if origin == "rule file" and (Path(name).is_absolute() or ".." in Path(name).parts or name.startswith("~")):
+        raise UsageError(Problem("CK106", "a rule file's target must not leave its folder", where=printable(text), try_="--target on the command line"))
+
+
+def _literal(value: str) -> Any:
+    try:
+        found = json.loads(value.lower() if value in ("True", "False", "None") else value)
+    except ValueError:
+        return value
+    return found if isinstance(found, (bool, int, float)) or found is None else value
