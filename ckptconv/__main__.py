@@ -29,15 +29,19 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminate)
+    import click
+
     from ckptconv.cli import cli
 
     try:
-        code = cli(standalone_mode=False)
-    except Terminated as signalled:
-        code = 128 + signalled.number
-    except KeyboardInterrupt:
+        code = cli(prog_name="ckptconv", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        signalled = error.__cause__ if isinstance(error, click.Abort) else error
         sys.stderr.write("interrupted: nothing was written under the final name\n")
-        code = 130
+        code = 128 + signalled.number if isinstance(signalled, Terminated) else 130
     except BrokenPipeError:
         # The reader of our output is gone (`| head`). The work itself is done or undone; only the words have nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

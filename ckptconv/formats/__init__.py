@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from ckptconv.errors import Refusal
-from ckptconv.formats import safetensors, sharded
+from ckptconv.formats import safetensors, sharded, torch_legacy, torch_zip_reader
 from ckptconv.formats.base import Contents, Writer
 from ckptconv.formats.safetensors import SafetensorsWriter
+from ckptconv.formats.sniff import kind_of
 from ckptconv.formats.torch_zip_writer import TorchZipWriter
 
-
-def _late(module: str) -> Callable[[Path], Contents]:
-    return lambda path: importlib.import_module(f"ckptconv.formats.{module}").read(path)
-
+__all__ = ["READERS", "WRITERS", "Contents", "Writer", "kind_of", "read"]
 
 #: What a file's bytes say it is -> how it is read.
 READERS: Mapping[str, Callable[[Path], Contents]] = MappingProxyType({
-    "torch-zip": _late("torch_zip_reader"),
-    "torch-legacy": _late("torch_legacy"),
+    "torch-zip": torch_zip_reader.read,
+    "torch-legacy": torch_legacy.read,
     "safetensors": safetensors.read,
 })  # fmt: skip
 
@@ -41,7 +38,7 @@ def read(path: Path, format: str | None = None) -> Contents:  # noqa: A002  (the
         return sharded.read_folder(path, format)
     if path.name.endswith(sharded.INDEX_SUFFIX):
         return sharded.read_index(path)
-    kind = importlib.import_module("ckptconv.formats.sniff").kind_of(path)
+    kind = kind_of(path)
     if format is not None and not kind.startswith(format):
         raise Refusal(f"the file is {kind}, not {format}", code="CK301", try_="leave --format out")
     return READERS[kind](path)
