@@ -79,7 +79,9 @@ def main() -> None:
                 found = timed(command)
                 if at:  # the first round warms the cache
                     rounds[label].append(found)
-    print(f"{given.gigabytes} GiB, {given.rounds} rounds, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
+    print(
+        f"{given.gigabytes} GiB, {given.rounds} rounds, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n"
+    )
     print("| contender | seconds | × cp | peak memory |\n|---|---|---|---|")
     for label, found in rounds.items():
         ratio = statistics.median(mine[0] / cp[0] for mine, cp in zip(found, rounds["cp"], strict=True))

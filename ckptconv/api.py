@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -17,11 +18,11 @@ from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, printa
 from ckptconv.layout import renamed_versions
 from ckptconv.plan import Read
 from ckptconv.planner import make_plan
-from ckptconv.report.changes import changes
+from ckptconv.report.changes import Change, changes
 from ckptconv.report.model import Candidate, Difference, Inspection, RunReport, difference
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.spec import DType, Manifest, TensorSpec
-from ckptconv.stage.opening import choose, contents_of, manifest_of_word, open_source, rule_file
+from ckptconv.stage.opening import choose, contents_of, manifest_of_word, open_source, rule_file, variables
 from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
 from ckptconv.stage.producing import Progress, estimate, produce
 from ckptconv.verify import Evidence, climb
@@ -93,14 +94,16 @@ def convert(state_dict: Mapping[str, Tensor], rules: Rules, *, set: Any = (), co
     """The converted state_dict, in memory. Tensors that are only renamed are the given ones; ``_metadata`` is carried along.
 
     >>> import torch, ckptconv
-    >>> ckptconv.convert({"module.bias": torch.zeros(2)}, "dataparallel")
-    OrderedDict({'bias': tensor([0., 0.])})
+    >>> list(ckptconv.convert({"module.bias": torch.zeros(2)}, "dataparallel").items())
+    [('bias', tensor([0., 0.]))]
     """
     from collections import OrderedDict
 
     from ckptconv.execute.memory_run import evaluate
 
-    made = make_plan(rule_file(rules), manifest_of_state_dict(state_dict), given=variables(set), config=config, shown_source="the state_dict")
+    made = make_plan(
+        rule_file(rules), manifest_of_state_dict(state_dict), given=variables(set), config=config, shown_source="the state_dict"
+    )
     out: OrderedDict[str, Tensor] = OrderedDict(evaluate(made, state_dict))
     versions = getattr(state_dict, "_metadata", None)
     if versions is not None:
@@ -177,7 +180,15 @@ def verify(
     chosen = Options(**{**options, "target": target_word})
     written = open_source(path, chosen.select if rules is None else ())
     kind = "safetensors" if written.contents.format == "safetensors" else "torch"
-    base = {"files": written.files, "read": lambda: formats.read(path), "format": kind, "timeout": chosen.timeout, "threads": chosen.threads}
+    bare = Evidence(
+        written.files,
+        lambda: formats.read(path),
+        kind,
+        container=written.container.path,
+        timeout=chosen.timeout,
+        threads=chosen.threads,
+    )
+    about: tuple[dict[str, Any], dict[str, Any], tuple[Change, ...], tuple[str, ...]] = ({}, {}, (), written.contents.warnings)
     if rules is not None and against is not None:
         from ckptconv.execute.digest import digest_tensors
         from ckptconv.execute.sources import Sources
@@ -185,15 +196,22 @@ def verify(
         prepared = prepare(rules, Path(against), chosen)
         with Sources(prepared.source.files) as opened:
             digests = digest_tensors(opened, prepared.source.container.tensors, threads=chosen.threads)
-        evidence = Evidence(**base, plan=prepared.plan, source=prepared.source.container.tensors, source_files=prepared.source.files,
-                            source_digests=digests, target=prepared.target, wanted=prepared.wanted, allow=prepared.allow)  # fmt: skip
+        evidence = replace(
+            bare,
+            plan=prepared.plan,
+            source=prepared.source.container.tensors,
+            source_files=prepared.source.files,
+            source_digests=digests,
+            target=prepared.target,
+            wanted=prepared.wanted,
+            allow=prepared.allow,
+        )
         about = _rules_json(prepared), _source_json(prepared), tuple(changes(prepared.plan)), prepared.notes
     else:
         assert target_word is not None
         wanted_target = target.parse(target_word, origin="command line", base=None)
         wanted = target.manifest_of(wanted_target, timeout=chosen.timeout)
-        evidence = Evidence(**base, target=wanted_target, wanted=wanted)
-        about = {}, {}, (), written.contents.warnings
+        evidence = replace(bare, target=wanted_target, wanted=wanted)
     ladder = climb(evidence, level)
     return RunReport(
         "verify", about[0], about[1],

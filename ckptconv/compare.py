@@ -108,7 +108,11 @@ class Comparison:
         if not self.missing or not self.unexpected:
             return ""
         for longer, shorter, words in (
-            (self.unexpected, self.missing, ("every key carries the prefix {!r}: strip_prefix, or one of the built-in wrapper rules (ckptconv rules list)")),
+            (
+                self.unexpected,
+                self.missing,
+                ("every key carries the prefix {!r}: strip_prefix, or one of the built-in wrapper rules (ckptconv rules list)"),
+            ),
             (self.missing, self.unexpected, ("the target's keys all start with {!r}: add_prefix")),
         ):
             first = next((name for name in longer if any(name.endswith("." + other) for other in shorter[:1])), None)
@@ -132,7 +136,9 @@ def compare(found: Manifest, wanted: Manifest, allow: Allow | None = None) -> Co
     'size mismatch for w: [5, 10] in the checkpoint, [6, 10] in the target'
     """
     allow = allow or Allow()
-    missing, allowed_missing, tied = [], [], []
+    missing: list[str] = []
+    allowed_missing: list[str] = []
+    tied: list[tuple[str, str]] = []
     group_of = {name: group for group in wanted.ties for name in group}
     for name in wanted.tensors:
         if name in found:
@@ -144,7 +150,11 @@ def compare(found: Manifest, wanted: Manifest, allow: Allow | None = None) -> Co
             allowed_missing.append(name)
         else:
             missing.append(name)
-    unexpected, allowed_unexpected, shapes, dtypes, widened = [], [], [], [], []
+    unexpected: list[str] = []
+    allowed_unexpected: list[str] = []
+    shapes: list[tuple[str, TensorSpec, TensorSpec]] = []
+    dtypes: list[tuple[str, TensorSpec, TensorSpec]] = []
+    widened: list[tuple[str, TensorSpec, TensorSpec]] = []
     for name, spec in found.tensors.items():
         if name not in wanted:
             (allowed_unexpected if allow.unexpected(name) else unexpected).append(name)

@@ -31,7 +31,7 @@ def printable(text: object, limit: int = MAX_QUOTE) -> str:
     return shown + "…" if cut else shown
 
 
-class Refusal(ValueError):
+class Refusal(ValueError):  # noqa: N818  (a reason on its way up, not yet an error)
     """A craft's short reason: what rule was broken, what was found, what to try. It knows no file and no line."""
 
     def __init__(self, what: str, *, code: str, found: str = "", try_: str = "") -> None:

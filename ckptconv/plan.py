@@ -199,16 +199,14 @@ class Plan:
     def from_json(data: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`to_json` described, every shape inferred anew. Raises ``ValueError`` for anything else."""
         if not isinstance(data, Mapping) or data.get("ckptconv_plan") != 1:
-            raise ValueError("not a saved plan: it has no \"ckptconv_plan\": 1")
+            raise ValueError('not a saved plan: it has no "ckptconv_plan": 1')
         try:
             source = Manifest.from_json(data["source"])
             nodes: list[Expr] = []
             for item in data["nodes"]:
                 nodes.append(_node(item, nodes, source))
             outputs = tuple(Output(name, nodes[_index(at, nodes)], Origin(*origin)) for name, at, origin in data["outputs"])
-            dropped = tuple(
-                Dropped(name, Origin(*origin), reason, tuple(sources)) for name, origin, reason, sources in data["dropped"]
-            )
+            dropped = tuple(Dropped(name, Origin(*origin), reason, tuple(sources)) for name, origin, reason, sources in data["dropped"])
             ties = tuple(tuple(group) for group in data["ties"])
             return Plan(source, outputs, ties, dropped, tuple(data.get("notes", ())))
         except (KeyError, IndexError, TypeError) as error:

@@ -59,7 +59,11 @@ def make_plan(
     if rules.header.expect_all:
         idle = [output.name for output in outputs if not output.origin.step]
         for template in collapse(idle)[:10]:
-            problems.append(Problem("CK210", f"no step touches {printable(template)}", where=rules.file, try_="rename or drop it, or leave expect_all out"))
+            problems.append(
+                Problem(
+                    "CK210", f"no step touches {printable(template)}", where=rules.file, try_="rename or drop it, or leave expect_all out"
+                )
+            )
     if not outputs and not problems:
         problems.append(Problem("CK207", "nothing is left: every tensor was dropped", where=rules.file))
     if problems:

@@ -53,7 +53,8 @@ class DType(str, Enum):
     def __str__(self) -> str:
         return self.value
 
-    __format__ = str.__format__
+    def __format__(self, format_spec: str) -> str:
+        return self.value.__format__(format_spec)
 
     @property
     def bits(self) -> int:
@@ -244,10 +245,10 @@ class Manifest:
     def from_json(data: Mapping[str, Any]) -> Manifest:
         """The manifest that :meth:`to_json` described. Raises ``ValueError`` for anything else."""
         if not isinstance(data, Mapping) or data.get("ckptconv_manifest") != 1:
-            raise ValueError("not a saved manifest: it has no \"ckptconv_manifest\": 1")
+            raise ValueError('not a saved manifest: it has no "ckptconv_manifest": 1')
         entries, order = data.get("tensors"), data.get("order")
         if not isinstance(entries, Mapping) or not isinstance(order, list) or set(order) != set(entries) or len(order) != len(entries):
-            raise ValueError("not a saved manifest: \"order\" and \"tensors\" must hold the same names")
+            raise ValueError('not a saved manifest: "order" and "tensors" must hold the same names')
         tensors = {}
         for name in order:
             entry = entries[name]

@@ -158,7 +158,10 @@ def test_an_expression_reads_like_what_it_does():
 
 
 def test_a_plan_survives_json():
-    plan = planned("- split: {from: a, to: [q, k]}\n- fill: {to: z, shape: [2], value: {normal: {seed: 3}}}\n- drop: b", {"a": [4, 2], "b": [1], "c": [3]})
+    plan = planned(
+        "- split: {from: a, to: [q, k]}\n- fill: {to: z, shape: [2], value: {normal: {seed: 3}}}\n- drop: b",
+        {"a": [4, 2], "b": [1], "c": [3]},
+    )
     again = Plan.from_json(plan.to_json())
     assert again == plan
     assert again.fingerprint == plan.fingerprint

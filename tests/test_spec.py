@@ -14,7 +14,18 @@ def test_every_dtype_is_torchs_own(dtype):
 
 def test_widening_is_what_torch_can_do_without_loss():
     """For every pair that is said to widen, every extreme value of the narrow type survives the way there and back."""
-    plain = [DType.float64, DType.float32, DType.float16, DType.bfloat16, DType.int64, DType.int32, DType.int16, DType.int8, DType.uint8, DType.bool]
+    plain = [
+        DType.float64,
+        DType.float32,
+        DType.float16,
+        DType.bfloat16,
+        DType.int64,
+        DType.int32,
+        DType.int16,
+        DType.int8,
+        DType.uint8,
+        DType.bool,
+    ]
     small = [DType.float8_e4m3fn, DType.float8_e5m2]
     for source in plain + small:
         for to in plain:
@@ -25,7 +36,9 @@ def test_widening_is_what_torch_can_do_without_loss():
                 values = torch.tensor([False, True])
             elif theirs.is_floating_point:
                 info = torch.finfo(theirs)
-                values = torch.tensor([info.max, info.min, info.tiny, info.eps, 1 + info.eps, info.smallest_normal * info.eps], dtype=torch.float64).to(theirs)
+                values = torch.tensor(
+                    [info.max, info.min, info.tiny, info.eps, 1 + info.eps, info.smallest_normal * info.eps], dtype=torch.float64
+                ).to(theirs)
             else:
                 info = torch.iinfo(theirs)
                 values = torch.tensor([info.max, info.min, info.max - 1], dtype=theirs)

@@ -26,7 +26,7 @@ def _rule_names(_context: click.Context, _parameter: click.Parameter, incomplete
     return [name for name in names() if name.startswith(incomplete)]
 
 
-class _Rules(click.ParamType):
+class _Rules(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
     """A rule file's path or a built-in name; completes both."""
 
     name = "rules"
@@ -52,16 +52,28 @@ _TALK = _options(
     click.option("-q", "--quiet", is_flag=True, help="print errors only"),
     click.option("-v", "--verbose", count=True, help="say more: every change, every note, where each comes from"),
 )
-_TARGET = click.option("--target", metavar="T", help="what the result must load into: py:module:factory, timm:NAME, hf:FOLDER, a checkpoint or a saved manifest")
-_SELECT = click.option("--select", multiple=True, metavar="NAME", help="which state_dict of the file (state_dict, model_ema, …); the first that exists")
+_TARGET = click.option(
+    "--target",
+    metavar="T",
+    help="what the result must load into: py:module:factory, timm:NAME, hf:FOLDER, a checkpoint or a saved manifest",
+)
+_SELECT = click.option(
+    "--select", multiple=True, metavar="NAME", help="which state_dict of the file (state_dict, model_ema, …); the first that exists"
+)
 _TIMEOUT = click.option("--timeout", type=float, default=300.0, show_default=True, metavar="SECONDS", help="for building the target")
-_THREADS = click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="workers that copy and compute")
+_THREADS = click.option(
+    "--threads", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="workers that copy and compute"
+)
 _CONVERSION = _options(
     _TARGET,
     click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file"),
-    click.option("--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"),
+    click.option(
+        "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"
+    ),
     _SELECT,
-    click.option("--format", "format_", type=click.Choice(["torch", "safetensors"]), help="of the output; else by DST's suffix, else as SRC"),
+    click.option(
+        "--format", "format_", type=click.Choice(["torch", "safetensors"]), help="of the output; else by DST's suffix, else as SRC"
+    ),
     click.option("--shard-size", metavar="SIZE", help="largest file of a folder output  [default: 5GB]"),
     click.option("--keep-extras", is_flag=True, help="keep a training checkpoint's other entries (epoch, optimizer, …); .pth output only"),
     click.option("--untie", is_flag=True, help="write tied weights as separate tensors"),
@@ -72,7 +84,7 @@ _CONVERSION = _options(
 )
 
 
-class _Levels(click.ParamType):
+class _Levels(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
     """How far to verify: 0 to 3 (also L0 to L3), or none."""
 
     name = "level"
@@ -108,8 +120,17 @@ def cli() -> None:
 ))  # fmt: skip
 @click.argument("arguments", nargs=-1, required=True, metavar="RULES SRC DST", type=_Rules())
 @_CONVERSION
-@click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="run a saved plan in place of RULES")
-@click.option("--verify", type=_Levels(), default="3", show_default=True, metavar="LEVEL", help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values; none")
+@click.option(
+    "--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="run a saved plan in place of RULES"
+)
+@click.option(
+    "--verify",
+    type=_Levels(),
+    default="3",
+    show_default=True,
+    metavar="LEVEL",
+    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values; none",
+)
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
@@ -171,7 +192,12 @@ def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...]
 @click.option("--match", multiple=True, metavar="PATTERN", help="only names that match, one a line")
 @click.option("--flat", is_flag=True, help="every name on a line of its own")
 @click.option("--tree", is_flag=True, help="modules as a tree")
-@click.option("--save-manifest", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="names, shapes, dtypes and ties, for --target and diff")
+@click.option(
+    "--save-manifest",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="names, shapes, dtypes and ties, for --target and diff",
+)
 @click.option("--force", is_flag=True, help="replace FILE.json")
 @_SELECT
 @_TALK
@@ -217,7 +243,9 @@ def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json
 @click.option("--rules", type=_Rules(), metavar="RULES", help="the rules that it was made by")
 @click.option("--level", type=click.IntRange(0, 3), default=3, show_default=True, help="how far to climb")
 @click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file")
-@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC")
+@click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"
+)
 @_SELECT
 @_THREADS
 @_TIMEOUT
@@ -233,7 +261,9 @@ def verify(destination: str, target: str | None, set_: tuple[str, ...], as_json:
         return 4 if report.ladder.failed else 0
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples("ckptconv check rules/mine.yaml", "ckptconv check rules/", "ckptconv check dataparallel"))
+@cli.command(
+    context_settings=CONTEXT, epilog=_examples("ckptconv check rules/mine.yaml", "ckptconv check rules/", "ckptconv check dataparallel")
+)
 @click.argument("rules", metavar="RULES...", nargs=-1, required=True, type=_Rules())
 @_TALK
 def check(rules: tuple[str, ...], as_json: bool, quiet: bool, verbose: int) -> int:
@@ -290,7 +320,12 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False, sort_keys=True))
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples("ckptconv completion bash >> ~/.bash_completion", "ckptconv completion fish > ~/.config/fish/completions/ckptconv.fish"))
+@cli.command(
+    context_settings=CONTEXT,
+    epilog=_examples(
+        "ckptconv completion bash >> ~/.bash_completion", "ckptconv completion fish > ~/.config/fish/completions/ckptconv.fish"
+    ),
+)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that completes ckptconv's commands, options and rule names."""

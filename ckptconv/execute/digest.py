@@ -18,7 +18,12 @@ _BLOCK = 1 << 20
 
 
 def digest_tensors(
-    sources: Sources, placed: Mapping[str, Placed], *, threads: int = 2, check_crc: bool = True, progress: Callable[[int], None] | None = None
+    sources: Sources,
+    placed: Mapping[str, Placed],
+    *,
+    threads: int = 2,
+    check_crc: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
     """xxh3_128 (hex) of each tensor's bytes, row-major and little-endian.
 
@@ -44,7 +49,9 @@ def digest_tensors(
                 progress(place.spec.nbytes)
         return names, digest
 
-    by_place = sorted(unique.values(), key=lambda names: (placed[names[0]].storage.file, placed[names[0]].storage.offset, placed[names[0]].offset))
+    by_place = sorted(
+        unique.values(), key=lambda names: (placed[names[0]].storage.file, placed[names[0]].storage.offset, placed[names[0]].offset)
+    )
     with ThreadPoolExecutor(threads, thread_name_prefix="ckptconv-digest") as pool:
         found = {name: digest for names, digest in pool.map(one, by_place) for name in names}
     if check_crc:

@@ -22,6 +22,7 @@ from ckptconv.execute.memory_run import computed
 from ckptconv.execute.sources import Sources, bytes_of, rows
 from ckptconv.formats.base import FileLayout, Placed
 from ckptconv.plan import Apply, Expr, Output, Plan, Read, islands
+from ckptconv.spec import contiguous_strides
 from ckptconv.transforms import Reshape, Slice
 
 Report = Callable[[int], None]
@@ -108,16 +109,15 @@ def _as_range(expr: Expr, placed: Mapping[str, Placed]) -> Placed | None:
         return placed[expr.name] if placed[expr.name].contiguous else None
     if not isinstance(expr, Apply):
         return None
-    inner = _as_range(expr.arguments[0], placed) if isinstance(expr.transform, (Slice, Reshape)) else None
+    move = expr.transform
+    inner = _as_range(expr.arguments[0], placed) if isinstance(move, (Slice, Reshape)) else None
     if inner is None:
         return None
-    if isinstance(expr.transform, Reshape):
-        from ckptconv.spec import contiguous_strides
-
+    if isinstance(move, Reshape):
         return Placed(expr.spec, inner.storage, inner.offset, contiguous_strides(expr.spec.shape))
-    if expr.transform.axis % len(inner.spec.shape) != 0:
+    if not isinstance(move, Slice) or move.axis % len(inner.spec.shape) != 0:
         return None
-    return rows(inner, expr.transform.start, expr.transform.stop)
+    return rows(inner, move.start, move.stop)
 
 
 def _by_destination(copy: Copy) -> int:
@@ -191,7 +191,7 @@ class _Crew:
                     except queue.Empty:
                         break
                     task(self, bench, copiers, *arguments)
-            except BaseException as error:  # noqa: BLE001  (handed to the thread that waits)
+            except BaseException as error:
                 errors.append(error)
                 self.stop.set()
             for file, copier in copiers.items():

@@ -111,4 +111,6 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def _changed(path: Path) -> InputError:
-    return InputError(Problem("CK311", "the file changed while it was read", where=printable(path), try_="run again once nobody writes to it"))
+    return InputError(
+        Problem("CK311", "the file changed while it was read", where=printable(path), try_="run again once nobody writes to it")
+    )

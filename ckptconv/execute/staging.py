@@ -26,7 +26,9 @@ def refuse_overlap(destination: Path, sources: Sequence[Path]) -> None:
         where = printable(destination)
         with suppress(OSError):
             if destination.exists() and os.path.samefile(destination, source):
-                raise UsageError(Problem("CK502", "the output is the source", where=where, try_="another name; sources are never overwritten"))
+                raise UsageError(
+                    Problem("CK502", "the output is the source", where=where, try_="another name; sources are never overwritten")
+                )
         real, real_source = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
         if source.is_dir() and real_source in real.parents:
             raise UsageError(Problem("CK502", "the output lies inside the source folder", where=where, try_="a place outside of it"))
@@ -57,7 +59,9 @@ class Staging:
         self._refuse_what_is_there()
         parent = self.destination.parent
         if not parent.is_dir():
-            raise OutputError(Problem("CK503", f"the folder {printable(parent)} does not exist", where=self._shown, try_=f"mkdir -p {printable(parent)}"))
+            raise OutputError(
+                Problem("CK503", f"the folder {printable(parent)} does not exist", where=self._shown, try_=f"mkdir -p {printable(parent)}")
+            )
         with self._explained():
             _remove_stale(parent, self.destination.name)
             if self.is_folder:
@@ -88,11 +92,22 @@ class Staging:
 
     def _refuse_what_is_there(self) -> None:
         if self.destination.is_symlink():
-            raise OutputError(Problem("CK503", "the output is a symbolic link, and links are not followed", where=self._shown, try_="name the link's target"))
+            raise OutputError(
+                Problem(
+                    "CK503", "the output is a symbolic link, and links are not followed", where=self._shown, try_="name the link's target"
+                )
+            )
         if not self.destination.exists():
             return
         if not self.force:
-            raise OutputError(Problem("CK501", "the output exists already, and nothing is ever overwritten unasked", where=self._shown, try_="--force, or another name"))
+            raise OutputError(
+                Problem(
+                    "CK501",
+                    "the output exists already, and nothing is ever overwritten unasked",
+                    where=self._shown,
+                    try_="--force, or another name",
+                )
+            )
         if self.destination.is_dir() != self.is_folder:
             what = "folder" if self.destination.is_dir() else "file"
             raise OutputError(Problem("CK503", f"a {what} stands where the output goes", where=self._shown, try_="another name"))
@@ -154,7 +169,9 @@ class Staging:
 
     def _problem(self, error: OSError) -> OutputError:
         if error.errno == errno.EEXIST:
-            return OutputError(Problem("CK501", "the output appeared while it was being made", where=self._shown, try_="--force, or another name"))
+            return OutputError(
+                Problem("CK501", "the output appeared while it was being made", where=self._shown, try_="--force, or another name")
+            )
         hint = {
             errno.ENOSPC: "free some space, or write elsewhere", errno.EDQUOT: "your quota is used up", errno.EFBIG: "a file may not grow that large here",
             errno.EACCES: "write where you may", errno.EROFS: "write elsewhere: the filesystem is read-only",

@@ -30,7 +30,12 @@ _SCALARS = (str, int, float, bool, bytes, type(None))
 
 
 def contents_from_tree(
-    format: str, files: tuple[Path, ...], tree: Any, *, metadata: Mapping[str, str] | None = None, warnings: tuple[str, ...] = ()  # noqa: A002
+    format: str,  # noqa: A002  (the field's own word)
+    files: tuple[Path, ...],
+    tree: Any,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> Contents:
     """The contents of a file whose object is ``tree``. Raises :class:`~ckptconv.errors.Refusal` for a tree that is none (cycles, too deep,
     too large when written out) and for names that cannot be used."""
@@ -171,7 +176,12 @@ def _versions(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _is_module(node: Any) -> bool:
-    return isinstance(node, Foreign) and isinstance(node.state, dict) and isinstance(node.state.get("_modules"), dict) and isinstance(node.state.get("_parameters"), dict)
+    return (
+        isinstance(node, Foreign)
+        and isinstance(node.state, dict)
+        and isinstance(node.state.get("_modules"), dict)
+        and isinstance(node.state.get("_parameters"), dict)
+    )
 
 
 def _from_module(module: Foreign, path: str) -> Container:
@@ -187,7 +197,10 @@ def _from_module(module: Foreign, path: str) -> Container:
             raise Refusal("the modules never end", code="CK304")
         state = node.state
         transient = state.get("_non_persistent_buffers_set") or []
-        entries = [*state["_parameters"].items(), *((key, value) for key, value in (state.get("_buffers") or {}).items() if key not in transient)]
+        entries = [
+            *state["_parameters"].items(),
+            *((key, value) for key, value in (state.get("_buffers") or {}).items() if key not in transient),
+        ]
         for key, value in entries:
             name = ".".join((*parts, str(key)))
             reason = unusable(name)
@@ -218,7 +231,9 @@ def _strangers(tree: Any) -> Iterator[tuple[str, str]]:
                 yield printable(".".join(path) or "."), printable(name)
         elif isinstance(node, dict) and id(node) not in seen:
             seen.add(id(node))
-            stack.extend((value, (*path, str(key))) for key, value in reversed(node.items()) if isinstance(value, (dict, Foreign, Global, list)))
+            stack.extend(
+                (value, (*path, str(key))) for key, value in reversed(node.items()) if isinstance(value, (dict, Foreign, Global, list))
+            )
         elif isinstance(node, list) and id(node) not in seen and len(node) <= 1000:
             seen.add(id(node))
             stack.extend((value, (*path, str(at))) for at, value in reversed(list(enumerate(node))) if isinstance(value, (dict, Foreign)))

@@ -80,7 +80,7 @@ class _Machine:
         self.raw, self.resolve, self.at = raw, resolve, start
         self.globals: dict[tuple[str, str], Global] = {}
 
-    def run(self) -> tuple[Any, int]:  # noqa: C901  (one loop over the opcodes, most frequent first)
+    def run(self) -> tuple[Any, int]:
         raw, at = self.raw, self.at
         stack: list[Any] = []
         marks: list[list[Any]] = []
@@ -117,9 +117,9 @@ class _Machine:
                 marks.append(stack)
                 stack = []
             elif op == 0x74:  # TUPLE
-                items = tuple(stack)
+                whole = tuple(stack)
                 stack = self.unmark(marks)
-                stack.append(items)
+                stack.append(whole)
             elif op == 0x51:  # BINPERSID
                 stack.append(self.persistent(stack.pop()))
             elif op == 0x52:  # REDUCE
@@ -324,7 +324,12 @@ class _Machine:
         return known(arguments) if known is not None else Foreign(function.name, arguments=arguments)
 
     def persistent(self, reference: Any) -> StorageRef:
-        if not isinstance(reference, tuple) or len(reference) not in (5, 6) or reference[0] != "storage" or not isinstance(reference[1], Global):
+        if (
+            not isinstance(reference, tuple)
+            or len(reference) not in (5, 6)
+            or reference[0] != "storage"
+            or not isinstance(reference[1], Global)
+        ):
             raise _bad("a reference that is no storage", self.at)
         _, kind, key, _, count = reference[:5]
         if type(count) is not int or not 0 <= count <= MAX_ELEMENTS or type(key) not in (str, int):
@@ -397,7 +402,11 @@ def _from_type(arguments: tuple[Any, ...]) -> Any:
     if rebuild is None or function not in _TENSORS:
         raise Refusal(f"a tensor subclass is to be rebuilt by {printable(function)}", code="CK303", try_="ask the author for plain tensors")
     made = rebuild(arguments[2])
-    return made if kind in ("torch.nn.parameter.Parameter", "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer") else Unsupported(kind)
+    return (
+        made
+        if kind in ("torch.nn.parameter.Parameter", "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer")
+        else Unsupported(kind)
+    )
 
 
 def _encode(arguments: tuple[Any, ...]) -> bytes:

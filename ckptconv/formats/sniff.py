@@ -30,7 +30,10 @@ def kind_of(path: Path) -> str:
         raise _not("this is a tar archive, not a checkpoint", try_="unpack it; torch files from before 2017 (tar) are not read")
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise _not("this is a web page, not a checkpoint: a download that went wrong", try_="open it in a browser to see why, and fetch the file again")
+        raise _not(
+            "this is a web page, not a checkpoint: a download that went wrong",
+            try_="open it in a browser to see why, and fetch the file again",
+        )
     if text.startswith((b"{", b"[")):
         raise _not("this is JSON, not a checkpoint", try_="a config or an index? name the folder, or the model's file")
     if head.isascii() and b"\0" not in head:

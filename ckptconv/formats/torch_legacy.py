@@ -99,7 +99,9 @@ def _viewed(whole: StorageRef, view: Any, width: int) -> StorageRef:
         raise _bad("a storage view that is none", code="CK306")
     _, offset, count = view
     if (offset + count) * width > whole.nbytes:
-        raise _bad("a storage view reaches past its storage", code="CK305", found=f"{offset + count:,} elements of {whole.nbytes // width:,}")
+        raise _bad(
+            "a storage view reaches past its storage", code="CK305", found=f"{offset + count:,} elements of {whole.nbytes // width:,}"
+        )
     part = Storage(whole.storage.file, whole.storage.offset + offset * width, count * width, None, whole.storage.big_endian)
     return StorageRef(whole.dtype, part, count * width, whole.quantised)
 
@@ -123,10 +125,17 @@ def _places(
             raise _bad(f"the file ends before storage {printable(key)!r}", code="CK302")
         (stored,) = struct.unpack(">q" if big_endian else "<q", head)
         if stored != count:
-            raise _bad(f"storage {printable(key)!r} has another size than declared", code="CK306", found=f"{count:,} declared, {stored:,} stored")
+            raise _bad(
+                f"storage {printable(key)!r} has another size than declared", code="CK306", found=f"{count:,} declared, {stored:,} stored"
+            )
         at += 8
         if at + count * width > size:
-            raise _bad(f"the file ends inside storage {printable(key)!r}", code="CK302", found=f"{size - at:,} of {count * width:,} bytes", try_="fetch the file again")
+            raise _bad(
+                f"the file ends inside storage {printable(key)!r}",
+                code="CK302",
+                found=f"{size - at:,} of {count * width:,} bytes",
+                try_="fetch the file again",
+            )
         places[key] = Storage(0, at, count * width, None, big_endian)
         at += count * width
     if at != size:

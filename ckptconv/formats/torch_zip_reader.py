@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def read(path: Path) -> Contents:
     with opened(path) as descriptor:
         records = directory(descriptor)
         if "constants.pkl" in records:
-            raise _bad("this is a TorchScript archive: it holds code", code="CK301", try_="in its own code: torch.save(module.state_dict(), …)")
+            raise _bad(
+                "this is a TorchScript archive: it holds code", code="CK301", try_="in its own code: torch.save(module.state_dict(), …)"
+            )
         if "data.pkl" not in records:
             raise _bad("the archive has no data.pkl: it was not written by torch.save", code="CK301")
         big_endian = _byte_order(descriptor, records)
@@ -80,7 +83,11 @@ class _Storages:
         known = self.seen.get(key)
         if known is not None:
             if known[:2] != (kind, count):
-                raise _bad(f"storage {printable(key)!r} is declared in two ways", code="CK306", found=f"{known[1]:,} {known[0]} and {count:,} {kind}")
+                raise _bad(
+                    f"storage {printable(key)!r} is declared in two ways",
+                    code="CK306",
+                    found=f"{known[1]:,} {known[0]} and {count:,} {kind}",
+                )
             return known[2]
         if "/" in key or "\\" in key or view is not None:
             raise _bad(f"a storage with the impossible key {printable(key)!r}", code="CK306")
@@ -89,7 +96,11 @@ class _Storages:
             raise _bad(f"storage {printable(key)!r} is declared and not there", code="CK302")
         dtype, width, quantised = storage_dtype(kind)
         if record.nbytes != count * width:
-            raise _bad(f"storage {printable(key)!r} has another size than declared", code="CK306", found=f"{count * width:,} bytes declared, {record.nbytes:,} stored")
+            raise _bad(
+                f"storage {printable(key)!r} has another size than declared",
+                code="CK306",
+                found=f"{count * width:,} bytes declared, {record.nbytes:,} stored",
+            )
         made = StorageRef(dtype, Storage(0, record.offset, record.nbytes, record.crc32, self.big_endian), record.nbytes, quantised)
         self.seen[key] = (kind, count, made)
         return made
@@ -137,7 +148,9 @@ def directory(descriptor: int) -> dict[str, Record]:
     for _ in range(count):
         if at + _CENTRAL.size > length:
             raise _bad("the archive's directory is cut off", code="CK302")
-        magic, _, _, flags, method, _, _, crc, packed, plain, name_n, extra_n, comment_n, disk, _, _, header = _CENTRAL.unpack_from(central, at)
+        magic, _, _, flags, method, _, _, crc, packed, plain, name_n, extra_n, comment_n, disk, _, _, header = _CENTRAL.unpack_from(
+            central, at
+        )
         if magic != b"PK\1\2":
             raise _bad("the archive's directory is damaged", code="CK302", found=f"at byte {start + at:,}")
         at += _CENTRAL.size
@@ -165,7 +178,7 @@ def directory(descriptor: int) -> dict[str, Record]:
     spans.sort()
     if spans and spans[0][0] != 0:
         raise _bad("bytes stand before the archive", code="CK306", found=f"{spans[0][0]:,} bytes")
-    for (_, before, name), (after, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, before, name), (after, _, other) in pairwise(spans):
         if after < before:
             raise _bad(f"records {printable(name)!r} and {printable(other)!r} overlap", code="CK306")
     return found
@@ -229,7 +242,15 @@ def _name(raw: bytes) -> str:
     except UnicodeDecodeError:
         raise _bad("a record's name is not UTF-8", code="CK306", found=printable(raw)) from None
     parts = name.split("/")
-    if not name or name.startswith("/") or ".." in parts or "" in parts or "\\" in name or "\0" in name or (len(name) > 1 and name[1] == ":"):
+    if (
+        not name
+        or name.startswith("/")
+        or ".." in parts
+        or "" in parts
+        or "\\" in name
+        or "\0" in name
+        or (len(name) > 1 and name[1] == ":")
+    ):
         raise _bad(f"the record name {printable(name)!r} is unsafe", code="CK306")
     return name
 
@@ -244,4 +265,4 @@ def _data_offset(descriptor: int, header: int, raw_name: bytes, size: int, name:
     name_n, extra_n = struct.unpack_from("<HH", local, 26)
     if local[30:] != raw_name or name_n != len(raw_name):
         raise _bad(f"record {printable(name)!r} has another name in its own header", code="CK306")
-    return header + 30 + name_n + extra_n
+    return int(header + 30 + name_n + extra_n)

@@ -59,7 +59,11 @@ def print_run(report: RunReport, console: Console, verbose: int = 0) -> None:
     for note in report.notes[: None if verbose else 8]:
         console.print(Text("  note: ", "yellow").append_text(safe(note, 400)))
     if report.comparison is not None and report.command == "plan":
-        console.print(Text("  fits ", "green").append_text(safe(report.target)).append(f": {report.comparison.coverage:.1%} of its parameters are filled"))
+        console.print(
+            Text("  fits ", "green")
+            .append_text(safe(report.target))
+            .append(f": {report.comparison.coverage:.1%} of its parameters are filled")
+        )
     if report.allowed:
         console.print(Text("  ").append_text(safe(report.allowed, 600)))
     _print_ladder(report.ladder, console)
@@ -68,13 +72,13 @@ def print_run(report: RunReport, console: Console, verbose: int = 0) -> None:
 
 def _place(source: Mapping[str, Any]) -> str:
     container = source["container"]
-    return source["format"] + ("" if container == "." else f", {printable(container)}")
+    return str(source["format"]) + ("" if container == "." else f", {printable(container)}")
 
 
 def _changes_table(changes: Sequence[Change], verbose: int) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for justify in ("left", "right", "left"):
-        table.add_column(justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
+        table.add_column(justify=justify, no_wrap=justify == "right")
     rows = sorted(changes, key=lambda change: _SHOWN_LAST.index(change.verb) if change.verb in _SHOWN_LAST else -1)
     for change in rows[: None if verbose else MAX_ROWS]:
         line = safe(_joined(change.sources)) if change.verb not in ("filled",) else Text()
@@ -110,7 +114,11 @@ def _closing(report: RunReport) -> Text:
     if report.command == "run":
         files = where["files"]
         what = f"{len(files)} files" if len(files) > 1 else ""
-        return Text("written ", "bold green").append_text(safe(where["path"])).append(f"  {where['tensors']:,} tensors, {what + ', ' if what else ''}{size}, {seconds}")
+        return (
+            Text("written ", "bold green")
+            .append_text(safe(where["path"]))
+            .append(f"  {where['tensors']:,} tensors, {what + ', ' if what else ''}{size}, {seconds}")
+        )
     if report.command == "plan":
         cost = report.cost
         return Text.assemble(
@@ -162,7 +170,9 @@ def _print_candidate(candidate: Candidate, console: Console, *, flat: bool, matc
 
     manifest = candidate.manifest
     dtypes = ", ".join(f"{dtype.value} {nbytes_text(nbytes)}" for dtype, (_, nbytes) in candidate.dtypes.items())
-    title = Text.assemble((f"  {printable(candidate.path)}", "bold"), f"  {len(manifest):,} tensors, {manifest.numel:,} parameters: {dtypes}")
+    title = Text.assemble(
+        (f"  {printable(candidate.path)}", "bold"), f"  {len(manifest):,} tensors, {manifest.numel:,} parameters: {dtypes}"
+    )
     console.print(title)
     patterns = [Pattern.parse(text) for text in match]
     if tree and not match:
@@ -203,7 +213,10 @@ def print_difference(report: Difference, console: Console) -> None:
     if report.equal:
         console.print("the same names, shapes, dtypes and ties")
         return
-    for title, names in ((f"only in {printable(report.left)}", report.only_left), (f"only in {printable(report.right)}", report.only_right)):
+    for title, names in (
+        (f"only in {printable(report.left)}", report.only_left),
+        (f"only in {printable(report.right)}", report.only_right),
+    ):
         for template in collapse(names)[:MAX_ROWS]:
             console.print(Text(f"{title}: ", "yellow").append_text(safe(template)))
     groups: dict[tuple[str, str], list[str]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ckptconv
 from ckptconv.errors import Problem, UsageError, printable
 from ckptconv.names import nearest
 from ckptconv.ruleset.model import RuleFile, load
@@ -12,7 +11,7 @@ from ckptconv.ruleset.model import RuleFile, load
 
 def folder() -> Path:
     """Where the built-in rules are: inside the installed package, or at the top of a checkout."""
-    package = Path(ckptconv.__file__).parent
+    package = Path(__file__).parent.parent
     installed = package / "rules"
     return installed if installed.is_dir() else package.parent / "rules"
 

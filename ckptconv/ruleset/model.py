@@ -36,8 +36,8 @@ class Allow(BaseModel):
     """Differences from the target that are meant, by name."""
 
     model_config = _FIXED
-    missing: Patterns | None = Field(None, description="stay at their initial values")
-    unexpected: Patterns | None = Field(None, description="written, though the target does not know them")
+    missing: Patterns | None = Field(default=None, description="stay at their initial values")
+    unexpected: Patterns | None = Field(default=None, description="written, though the target does not know them")
     shape: Patterns | None = None
     dtype: Patterns | None = None
 
@@ -46,14 +46,20 @@ class TargetField(BaseModel):
     """What the result must load into, and the differences that are meant."""
 
     model_config = _FIXED
-    model: str | None = Field(None, description="timm:NAME, hf:FOLDER (from the source's folder), or a saved manifest beside the rule file")
+    model: str | None = Field(
+        default=None, description="timm:NAME, hf:FOLDER (from the source's folder), or a saved manifest beside the rule file"
+    )
     allow: Allow = Allow()
 
 
 def _spec(value: Any) -> TensorSpec:
     """``[2, 3]`` (float32) or ``{shape: [2, 3], dtype: int64}``."""
     shape, dtype = (value.get("shape"), value.get("dtype", "float32")) if isinstance(value, Mapping) else (value, "float32")
-    if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape) or (isinstance(value, Mapping) and set(value) - {"shape", "dtype"}):
+    if (
+        not isinstance(shape, list)
+        or any(type(size) is not int or size < 0 for size in shape)
+        or (isinstance(value, Mapping) and set(value) - {"shape", "dtype"})
+    ):
         raise Refusal("want [sizes] or {shape: [sizes], dtype: NAME}", code="CK102", found=printable(value))
     return TensorSpec(tuple(shape), parse_dtype(dtype))
 
@@ -170,7 +176,9 @@ def parse(raw: bytes, name: str, *, stem: str | None = None, folder: Path | None
     header = _header(document, {key: value for key, value in data.items() if key != "steps"}, problems)
     parsed = _steps(document, data.get("steps"), problems)
     if header is not None and stem is not None and header.name != stem:
-        problems.append(Problem("CK102", f"name must be the file's stem: {stem!r}", where=document.where(("name",)), found=repr(header.name)))
+        problems.append(
+            Problem("CK102", f"name must be the file's stem: {stem!r}", where=document.where(("name",)), found=repr(header.name))
+        )
     if problems or header is None:
         raise UsageError(problems)
     meaning = {key: value for key, value in data.items() if key not in ("tests", "summary", "description", "revision")}
@@ -207,7 +215,9 @@ def _step(document: YamlFile, at: int, item: Any, problems: list[Problem]) -> Ru
     where = document.where(path)
     words = [key for key in item if key not in _MODIFIERS] if isinstance(item, dict) else []
     if len(words) != 1:
-        problems.append(Problem("CK102", "a step is one word with its fields, as in `- drop: [\"head.{p}\"]`", where=where, found=printable(item)))
+        problems.append(
+            Problem("CK102", 'a step is one word with its fields, as in `- drop: ["head.{p}"]`', where=where, found=printable(item))
+        )
         return None
     op = words[0]
     kind = steps.ALL.get(op)

@@ -41,5 +41,13 @@ def json_schema() -> dict[str, Any]:
 
 
 def _short_forms(op: str) -> list[dict[str, Any]]:
-    text, texts = {"type": "string"}, {"type": "array", "items": {"type": "string"}}
-    return {"add_prefix": [text], "strip_prefix": [text, texts], "strip_infix": [text, texts], "drop": [text, texts], "keep": [text, texts]}.get(op, [])
+    text: dict[str, Any] = {"type": "string"}
+    texts: dict[str, Any] = {"type": "array", "items": text}
+    forms: dict[str, list[dict[str, Any]]] = {
+        "add_prefix": [text],
+        "strip_prefix": [text, texts],
+        "strip_infix": [text, texts],
+        "drop": [text, texts],
+        "keep": [text, texts],
+    }
+    return forms.get(op, [])

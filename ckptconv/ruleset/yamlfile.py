@@ -75,6 +75,11 @@ def load(raw: bytes, name: str) -> YamlFile:
     return YamlFile(name, builder.document, builder.places)
 
 
+def _place(event: yaml.Event) -> Place:
+    mark = event.start_mark
+    return (mark.line + 1, mark.column + 1) if mark is not None else (0, 0)
+
+
 class _Builder:
     def __init__(self, name: str) -> None:
         self.name = name
@@ -84,8 +89,7 @@ class _Builder:
 
     def problem(self, event: yaml.Event, what: str, found: str = "", try_: str = "") -> None:
         if len(self.problems) < MAX_PROBLEMS:
-            mark = event.start_mark
-            self.problems.append(Problem("CK101", what, where=f"{self.name}:{mark.line + 1}:{mark.column + 1}", found=found, try_=try_))
+            self.problems.append(Problem("CK101", what, where=self._where(event), found=found, try_=try_))
 
     def read(self, events: Iterator[yaml.Event]) -> None:
         documents = 0
@@ -101,14 +105,15 @@ class _Builder:
                     return
 
     def value(self, event: yaml.Event, events: Iterator[yaml.Event], path: Path, depth: int) -> Any:
-        self.places.setdefault(path, (event.start_mark.line + 1, event.start_mark.column + 1))
+        self.places.setdefault(path, _place(event))
         if isinstance(event, yaml.AliasEvent):
             self.problem(event, "aliases are not allowed", f"*{printable(event.anchor)}", "write the value out")
             return None
-        if getattr(event, "anchor", None):
-            self.problem(event, "anchors are not allowed", f"&{printable(event.anchor)}", "write the value out where it is used")
-        if getattr(event, "tag", None) and event.tag != "!":
-            self.problem(event, "tags are not allowed", printable(event.tag))
+        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
+        if anchor:
+            self.problem(event, "anchors are not allowed", f"&{printable(anchor)}", "write the value out where it is used")
+        if tag and tag != "!":
+            self.problem(event, "tags are not allowed", printable(tag))
         if isinstance(event, yaml.ScalarEvent):
             return self.scalar(event)
         if depth >= MAX_DEPTH:
@@ -119,7 +124,8 @@ class _Builder:
         return self.mapping(events, path, depth)
 
     def _where(self, event: yaml.Event) -> str:
-        return f"{self.name}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        line, column = _place(event)
+        return f"{self.name}:{line}:{column}"
 
     def sequence(self, events: Iterator[yaml.Event], path: Path, depth: int) -> list[Any]:
         items: list[Any] = []
@@ -148,8 +154,8 @@ class _Builder:
                 self.problem(event, "merge keys are not allowed", "<<", "write the entries out")
             if key in first:
                 self.problem(event, f"key {printable(key)!r} stands twice", f"first on line {first[key]}")
-            first.setdefault(key, event.start_mark.line + 1)
-            self.places[(*path, key)] = (event.start_mark.line + 1, event.start_mark.column + 1)
+            first.setdefault(key, _place(event)[0])
+            self.places[(*path, key)] = _place(event)
             entries[key] = self.value(next(events), events, (*path, key), depth + 1)
         return entries
 

@@ -59,7 +59,9 @@ def open_source(path: Path, select: Sequence[str] = (), format: str | None = Non
     if container.unsupported:
         shown = ", ".join(f"{printable(name)} ({kind})" for name, kind in list(container.unsupported.items())[:5])
         raise InputError(
-            Problem("CK305", f"{len(container.unsupported)} tensors are of a kind that cannot be converted", where=printable(path), found=shown)
+            Problem(
+                "CK305", f"{len(container.unsupported)} tensors are of a kind that cannot be converted", where=printable(path), found=shown
+            )
         )
     return Source(path, contents, container, container.manifest)
 
@@ -68,7 +70,9 @@ def choose(contents: Contents, select: Sequence[str], path: Path) -> Container:
     """The state_dict that is meant. Several and none selected is an error that lists them: `model` and `ema` are not the same weights."""
     found = contents.containers
     if not found:
-        raise InputError(Problem("CK309", "no state_dict was found in the file", where=printable(path), try_=f"ckptconv inspect {printable(path)}"))
+        raise InputError(
+            Problem("CK309", "no state_dict was found in the file", where=printable(path), try_=f"ckptconv inspect {printable(path)}")
+        )
     for wanted in select:
         if wanted in found:
             return found[wanted]

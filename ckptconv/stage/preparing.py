@@ -100,11 +100,11 @@ def saved_plan(prepared: Prepared) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _against_target(
-    rules: RuleFile | None, label: str, file: str, digest: str, source: Source, plan: Plan, options: Options
-) -> Prepared:
+def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, source: Source, plan: Plan, options: Options) -> Prepared:
     field_ = rules.header.target if rules is not None else None
-    allow = Allow(**{key: _matches(getattr(field_.allow, key)) for key in ("missing", "unexpected", "shape", "dtype")}) if field_ else Allow()
+    allow = (
+        Allow(**{key: _matches(getattr(field_.allow, key)) for key in ("missing", "unexpected", "shape", "dtype")}) if field_ else Allow()
+    )
     wanted_target = None
     if options.target is not None:
         wanted_target = parse_target(options.target, None, source.path)

@@ -160,7 +160,7 @@ def _evidence(
     return Evidence(
         files=files, read=lambda: formats.read(folder if shape.is_folder else files[0]), format=shape.format, plan=prepared.plan,
         source=prepared.source.container.tensors, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
-        target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, timeout=options.timeout, threads=options.threads,
+        target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, container=prepared.source.container.path if options.keep_extras else ".", timeout=options.timeout, threads=options.threads,
     )  # fmt: skip
 
 
@@ -170,7 +170,9 @@ def _copy_neighbours(prepared: Prepared, staging: Staging) -> None:
         try:
             shutil.copyfile(neighbour, staging.path_of(neighbour.name))
         except OSError as error:
-            raise OutputError(Problem("CK503", f"{printable(neighbour.name)} cannot be copied along: {error.strerror}", where=str(neighbour))) from None
+            raise OutputError(
+                Problem("CK503", f"{printable(neighbour.name)} cannot be copied along: {error.strerror}", where=str(neighbour))
+            ) from None
 
 
 def _counted(tell: Progress, stage: str, total: int) -> Callable[[int], None]:

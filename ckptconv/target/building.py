@@ -46,12 +46,12 @@ def manifest_of(target: Target, *, timeout: float = 300.0) -> Manifest:
 
 def strict_load(
     target: Target, files: Sequence[Path], format: str, *, timeout: float = 300.0, allow_missing: Sequence[str] = (),  # noqa: A002
-    allow_unexpected: Sequence[str] = (), container: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (), container: str = ".",
 ) -> StrictResult:  # fmt: skip
     """The model, built on the meta device, loads the written ``files`` (mapped, not read) with ``strict=True, assign=True``."""
     request = {
         "what": "load", "files": [str(file.absolute()) for file in files], "format": format, "allow_missing": list(allow_missing),
-        "allow_unexpected": list(allow_unexpected), "container": list(container),
+        "allow_unexpected": list(allow_unexpected), "container": [] if container == "." else container.split("."),
     }  # fmt: skip
     answer = _ask(target, request, timeout)
     return StrictResult(answer["loaded"], answer["error"], tuple(answer["missing"]), tuple(answer["unexpected"]), tuple(answer["notes"]))
@@ -81,7 +81,7 @@ def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str
         try:
             child = subprocess.Popen(
                 [*start, str(request_file.fileno()), str(answer_write)], stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                pass_fds=(request_file.fileno(), answer_write), start_new_session=True, preexec_fn=_limit_output,
+                pass_fds=(request_file.fileno(), answer_write), start_new_session=True, preexec_fn=_limit_output,  # noqa: PLW1509  (it only sets limits)
             )  # fmt: skip
         finally:
             os.close(answer_write)
@@ -108,7 +108,9 @@ def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str
 
 
 #: The child's first lines: the working folder goes off the path before anything is imported from it.
-_START = "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append(sys.argv.pop(1)); from ckptconv.target.child import main; main()"
+_START = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append(sys.argv.pop(1)); from ckptconv.target.child import main; main()"
+)
 
 
 def _limit_output() -> None:
@@ -121,7 +123,8 @@ def _limit_output() -> None:
 
 def _collected(descriptor: int, child: subprocess.Popen[bytes], timeout: float) -> bytes | None:
     """Everything that comes out of the pipe, or None when time is up."""
-    deadline, parts, size = time.monotonic() + timeout, [], 0
+    parts: list[bytes] = []
+    deadline, size = time.monotonic() + timeout, 0
     while True:
         left = deadline - time.monotonic()
         if left <= 0:

@@ -44,7 +44,7 @@ def main() -> None:
         answer(_answer(request))
     except Unbuildable as reason:
         answer({"failed": reason.what, "try": reason.try_, "code": reason.code})
-    except BaseException as error:  # noqa: BLE001  (user code may raise anything, SystemExit included)
+    except BaseException as error:
         if not answered:
             what = f"it ended the process (exit code {error.code})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
             answer({"failed": f"building the model failed: {what}", "try": "", "code": "CK406"})
@@ -68,6 +68,8 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def _built(request: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
     import torch
 
+    from ckptconv.target.loading import tie
+
     factory = {"py": _py_factory, "timm": _timm_factory, "hf": _hf_factory}[request["kind"]](request)
     notes: list[str] = []
     try:
@@ -85,8 +87,7 @@ def _built(request: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
         notes.append("the model cannot be built on the meta device; it was built on the CPU")
     if not isinstance(model, torch.nn.Module):
         raise Unbuildable(f"the factory gives a {type(model).__name__}, not an nn.Module")
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie(model)
     return model, notes
 
 
@@ -104,17 +105,25 @@ def _py_factory(request: Mapping[str, Any]) -> Any:
         raise Unbuildable(f"importing {module_name} failed: {type(error).__name__}: {error}") from None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise Unbuildable(f"{module_name} has no {attribute!r}", f"it has {', '.join(name for name in vars(found) if not name.startswith('_'))[:200]}")
+            raise Unbuildable(
+                f"{module_name} has no {attribute!r}", f"it has {', '.join(name for name in vars(found) if not name.startswith('_'))[:200]}"
+            )
         found = getattr(found, part)
     if not callable(found):
-        raise Unbuildable(f"{module_name}:{attribute} is a {type(found).__name__}, not something to call", "name a function or a class that gives the model")
+        raise Unbuildable(
+            f"{module_name}:{attribute} is a {type(found).__name__}, not something to call",
+            "name a function or a class that gives the model",
+        )
 
     def build() -> Any:
         try:
             return found(**dict(request["arguments"]))
         except TypeError as error:
             if "argument" in str(error):
-                raise Unbuildable(f"{attribute}() cannot be called like this: {error}", f"py:{request['name']}?name=value, or a function without arguments") from None
+                raise Unbuildable(
+                    f"{attribute}() cannot be called like this: {error}",
+                    f"py:{request['name']}?name=value, or a function without arguments",
+                ) from None
             raise
 
     return build

@@ -43,7 +43,10 @@ def load_into(
             found[first] = found[name]
     wrong = [name for name, value in found.items() if name in present and present[name].shape != value.shape]
     if wrong:  # torch copies what fits before it raises: nothing must be copied then
-        return StrictResult(False, "; ".join(f"size mismatch for {name}: {list(found[name].shape)} against {list(present[name].shape)}" for name in wrong[:5]))
+        return StrictResult(
+            False,
+            "; ".join(f"size mismatch for {name}: {list(found[name].shape)} against {list(present[name].shape)}" for name in wrong[:5]),
+        )
     missing = tuple(name for name in present if name not in found)
     unexpected = tuple(name for name in found if name not in present)
     if missing or unexpected:
@@ -54,14 +57,20 @@ def load_into(
     except RuntimeError as error:
         return StrictResult(False, str(error))
     if assign:
-        if hasattr(model, "tie_weights"):
-            model.tie_weights()
+        tie(model)
         left = [name for name, value in model.state_dict(keep_vars=True).items() if value.is_meta and name not in set(allow_missing)]
         if left:
             return StrictResult(False, f"left without values: {left[:5]}", tuple(left))
     untied = [f"{name} and {first}" for name, first in ties.items() if not _same(model, name, first)]
     notes = (f"load_state_dict(assign=True) unties {', '.join(untied)}: both hold the same values",) if untied else ()
     return StrictResult(True, notes=notes)
+
+
+def tie(model: nn.Module) -> None:
+    """Calls the model's own ``tie_weights``, where it has one (transformers do)."""
+    own = getattr(model, "tie_weights", None)
+    if callable(own):
+        own()
 
 
 def _aliases(present: Mapping[str, Tensor]) -> dict[str, str]:

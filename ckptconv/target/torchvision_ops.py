@@ -24,9 +24,9 @@ def import_with_torchvision(name: str) -> ModuleType:
             raise
     import torch
 
-    for module in [each for each in sys.modules if each.split(".")[0] in ("torchvision", name.split(".")[0])]:
+    for module in [each for each in sys.modules if each.split(".")[0] in ("torchvision", name.split(".", maxsplit=1)[0])]:
         del sys.modules[module]
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(library)  # an operator lives as long as its library

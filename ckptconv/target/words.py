@@ -51,7 +51,11 @@ def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path
         arguments = tuple((key, _literal(value)) for key, value in parse_qsl(query, keep_blank_values=True))
         if kind == "py":
             if origin == "rule file":
-                raise UsageError(Problem("CK106", "a rule file cannot name code as its target", where=printable(text), try_=f"--target {printable(text)}"))
+                raise UsageError(
+                    Problem(
+                        "CK106", "a rule file cannot name code as its target", where=printable(text), try_=f"--target {printable(text)}"
+                    )
+                )
             if not _PY.fullmatch(name):
                 raise UsageError(Problem("CK107", "want py:package.module:factory", where=printable(text)))
             return Target("py", text, name, arguments)
@@ -73,7 +77,9 @@ def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path
 
 def _confined(name: str, text: str, origin: str) -> None:
     if origin == "rule file" and (Path(name).is_absolute() or ".." in Path(name).parts or name.startswith("~")):
-        raise UsageError(Problem("CK106", "a rule file's target must not leave its folder", where=printable(text), try_="--target on the command line"))
+        raise UsageError(
+            Problem("CK106", "a rule file's target must not leave its folder", where=printable(text), try_="--target on the command line")
+        )
 
 
 def _literal(value: str) -> Any:

@@ -37,7 +37,8 @@ __all__ = [
 ]  # fmt: skip
 
 _OPS = tuple(each.model_fields["op"].default for each in ALL)
-_ANY: TypeAdapter[Transform] = TypeAdapter(Annotated[Union[ALL], Field(discriminator="op")])
+_CHOICE: Any = Annotated[Union[ALL], Field(discriminator="op")]
+_ANY: TypeAdapter[Transform] = TypeAdapter(_CHOICE)
 
 
 def parse(data: Mapping[str, Any]) -> Transform:

@@ -52,11 +52,11 @@ class Transform(BaseModel):
     def apply(self, *arguments: Tensor) -> Tensor:
         """The result. Its shape and dtype are those of ``infer``; the arguments are not changed."""
 
-    def recover(self, *arguments: TensorSpec) -> tuple[Piece, ...]:
+    def recover(self, *arguments: TensorSpec) -> tuple[Piece, ...]:  # noqa: ARG002  (for those that can)
         """Which regions of the arguments can be had from the result, and how. Empty: none (the transform is lossy)."""
         return ()
 
-    def lossless(self, *arguments: TensorSpec) -> bool:
+    def lossless(self, *arguments: TensorSpec) -> bool:  # noqa: ARG002  (for those that depend on it)
         """True when this use loses nothing of what ``recover`` gives back; ``exact`` unless it depends on the dtypes."""
         return self.exact
 

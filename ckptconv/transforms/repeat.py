@@ -34,11 +34,13 @@ class Repeat(Transform):
         return checked_result("repeat", (*spec.shape[:axis], spec.shape[axis] * self.times, *spec.shape[axis + 1 :]), spec)
 
     def apply(self, *arguments: Tensor) -> Tensor:
-        import torch
+        def repeated(tensor: Tensor) -> Tensor:
+            axis = self.axis % tensor.dim()
+            copies = axis + 1 if self.interleave else axis
+            shape = [*tensor.shape[:copies], self.times, *tensor.shape[copies:]]
+            return tensor.unsqueeze(copies).expand(shape).flatten(axis, axis + 1)
 
-        if self.interleave:
-            return moved(lambda tensor: tensor.repeat_interleave(self.times, dim=self.axis), *arguments)
-        return moved(lambda tensor: torch.cat([tensor] * self.times, self.axis), *arguments)
+        return moved(repeated, *arguments)
 
     def recover(self, *arguments: TensorSpec) -> tuple[Piece, ...]:
         """The first copy of everything."""

@@ -72,6 +72,7 @@ class Evidence:
     files: Sequence[Path]  #: the written files, staged or published
     read: Callable[[], formats.Contents]  #: opens the written output anew
     format: str
+    container: str = "."  #: where in the written file the state_dict stands
     plan: Plan | None = None
     source: Mapping[str, Placed] | None = None
     source_files: Sequence[Path] = ()
@@ -100,7 +101,11 @@ class _Climb:
             contents = evidence.read()
         except Refusal as refusal:
             return _failed(0, "the output cannot be read back", [refusal.at(str(evidence.files[0]))])
-        self.written = written_container(contents)
+        if self.evidence.container not in contents.containers:
+            return _failed(
+                0, "the output holds no state_dict", [Problem("CK407", "the written state_dict is not found", where=str(evidence.files[0]))]
+            )
+        self.written = contents.containers[self.evidence.container]
         self.written_files = contents.files
         with Sources(contents.files) as opened:
             self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads)
@@ -135,7 +140,9 @@ class _Climb:
                 Problem("CK409", f"{template} of the source is neither used nor dropped by a step") for template in collapse(lost)[:10]
             ]
             only_dropped = sum(aliases.get(name, name) not in used for name in plan.source.tensors)
-            sentences.append(f"{len(plan.source) - only_dropped:,} source keys used" + (f", {only_dropped:,} dropped by a step" if only_dropped else ""))
+            sentences.append(
+                f"{len(plan.source) - only_dropped:,} source keys used" + (f", {only_dropped:,} dropped by a step" if only_dropped else "")
+            )
         if wanted is not None:
             found = plan.manifest if plan is not None else self.manifest()
             comparison = compare(found, wanted, self.evidence.allow)
@@ -162,9 +169,12 @@ class _Climb:
         comparison = compare(self.manifest(), evidence.wanted, evidence.allow)
         # What the rule lets through on purpose is told to the loader; everything else must be as strict as torch can be.
         result = strict_load(evidence.target, evidence.files, evidence.format, timeout=evidence.timeout,
-                             allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected)  # fmt: skip
+                             allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected,
+                             container=evidence.container)  # fmt: skip
         if not result.loaded:
-            return _failed(2, "load_state_dict(strict=True) failed", [Problem("CK408", printable(result.error, 1000), where=evidence.target.text)])
+            return _failed(
+                2, "load_state_dict(strict=True) failed", [Problem("CK408", printable(result.error, 1000), where=evidence.target.text)]
+            )
         how = "strict=True, assign=True" if not comparison.allowed_missing else "strict but for the keys that are allowed to be missing"
         return Rung(2, "passed", f"{evidence.target.text} loaded the written file ({how})")
 
@@ -186,7 +196,12 @@ class _Climb:
         problems += result.problems
         if problems:
             return _failed(3, "values were lost or doubled", problems)
-        counts = [(len(copied), "equal bit by bit"), (result.conserved, "hold exactly their sources' elements"), (result.recomputed, "equal to a second computation"), (len(made), "filled")]
+        counts = [
+            (len(copied), "equal bit by bit"),
+            (result.conserved, "hold exactly their sources' elements"),
+            (result.recomputed, "equal to a second computation"),
+            (len(made), "filled"),
+        ]
         return Rung(3, "passed", "; ".join(f"{count:,} tensors {what}" for count, what in counts if count))
 
 
@@ -208,13 +223,6 @@ def climb(evidence: Evidence, level: int = 3) -> Ladder:
     return Ladder(tuple(rungs))
 
 
-def written_container(contents: formats.Contents) -> Container:
-    """The state_dict of an output that ckptconv wrote: the best candidate of its file."""
-    if not contents.containers:
-        raise Refusal("the output holds no state_dict", code="CK407")
-    return next(iter(contents.containers.values()))
-
-
 def _failed(level: int, sentence: str, problems: Sequence[Problem]) -> Rung:
     return Rung(level, "failed", sentence, tuple(problems))
 
@@ -228,5 +236,12 @@ def _manifest_problems(found: Manifest, wanted: Manifest) -> list[Problem]:
         if name in found and found[name] != spec:
             problems.append(Problem("CK407", f"{printable(name)}: written as {found[name]}, planned as {spec}"))
     if {frozenset(group) for group in found.ties} != {frozenset(group) for group in wanted.ties}:
-        problems.append(Problem("CK407", "the written file ties other names than the plan", found=printable(found.ties), try_=f"planned: {printable(wanted.ties)}"))
+        problems.append(
+            Problem(
+                "CK407",
+                "the written file ties other names than the plan",
+                found=printable(found.ties),
+                try_=f"planned: {printable(wanted.ties)}",
+            )
+        )
     return problems[:20]

@@ -37,9 +37,7 @@ class Conservation:
     problems: tuple[Problem, ...]
 
 
-def conserved(
-    plan: Plan, source: Mapping[str, Placed], opened: Sources, written: Mapping[str, Placed], reopened: Sources
-) -> Conservation:
+def conserved(plan: Plan, source: Mapping[str, Placed], opened: Sources, written: Mapping[str, Placed], reopened: Sources) -> Conservation:
     """Looks at every computed output, island by island; bare copies are compared by digest elsewhere."""
     proved = recomputed = 0
     problems: list[Problem] = []
@@ -109,7 +107,9 @@ def multiset_checksum(tensor: Tensor) -> int:
     import torch
 
     total = 0
-    for part in _bits(tensor).split(_CHUNK):
+    bits = _bits(tensor)
+    for at in range(0, bits.shape[0], _CHUNK):
+        part = bits[at : at + _CHUNK]
         words = part.to(torch.int64)
         if words.dim() == 2:
             words = _mix(words[:, 0]) * 31 + words[:, 1]

@@ -181,7 +181,9 @@ def test_a_closed_pipe_is_no_error(folder):
     import subprocess
     import sys
 
-    done = subprocess.run(f"{sys.executable} -m ckptconv inspect in.pth --flat | head -1", shell=True, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        f"{sys.executable} -m ckptconv inspect in.pth --flat | head -1", shell=True, cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr

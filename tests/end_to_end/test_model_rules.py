@@ -32,14 +32,18 @@ def close(left, right):
 def test_timm_vit_into_transformers(tmp_path, cli):
     timm = import_with_torchvision("timm")
     transformers = import_with_torchvision("transformers")
-    model = perturbed(timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=11))
+    model = perturbed(
+        timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=11)
+    )
     torch.save(model.state_dict(), tmp_path / "in.pth")
     config = transformers.ViTConfig(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, image_size=32, patch_size=8, num_labels=11,
         layer_norm_eps=1e-6, architectures=["ViTForImageClassification"],
     )  # fmt: skip
     config.save_pretrained(tmp_path / "hf")
-    result = cli("run", "timm-vit-to-hf-vit", tmp_path / "in.pth", tmp_path / "out.safetensors", "--target", f"hf:{tmp_path / 'hf'}", "--json")
+    result = cli(
+        "run", "timm-vit-to-hf-vit", tmp_path / "in.pth", tmp_path / "out.safetensors", "--target", f"hf:{tmp_path / 'hf'}", "--json"
+    )
     assert result.code == 0, result.err + result.out
     assert result.json["verification"]["reached"] == "L0 L1 L2 L3"
     from safetensors.torch import load_file
@@ -106,7 +110,9 @@ class LinearGpt(nn.Module):
 
 def test_gpt2_conv1d_into_linear(tmp_path):
     transformers = import_with_torchvision("transformers")
-    config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=16, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
+    config = transformers.GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=16, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
+    )
     model = perturbed(transformers.GPT2LMHeadModel(config))
     torch.save(model.state_dict(), tmp_path / "in.pth")
     target = LinearGpt().eval()

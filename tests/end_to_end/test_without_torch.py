@@ -44,5 +44,7 @@ def folder(tmp_path):
     ids=" ".join,
 )
 def test_torch_is_not_imported(folder, arguments):
-    done = subprocess.run([sys.executable, "-c", PROBE.format(arguments=arguments)], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(arguments=arguments)], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines()[-1] == "HEAVY [] CODE 0", done.stdout + done.stderr

@@ -61,7 +61,11 @@ def test_a_mistake_is_named_with_line_and_nearest_word(body, message):
 
 def test_all_mistakes_are_named_at_once():
     found = problems("sumary: x\nsteps:\n  - drp: a\n  - cast: {keys: '**'}\n")
-    assert [line.split("\n")[1].strip() for line in found] == ["unknown field 'sumary'", "there is no step 'drp'", "field 'dtype' is missing"]
+    assert [line.split("\n")[1].strip() for line in found] == [
+        "unknown field 'sumary'",
+        "there is no step 'drp'",
+        "field 'dtype' is missing",
+    ]
 
 
 def test_the_version_is_enforced():

@@ -61,7 +61,12 @@ def test_a_surprise_is_an_error_with_its_place(text, where, what):
 
 def test_every_problem_is_found_at_once_with_what_to_try():
     assert problems("a: no\nb: &x 1\n") == [
-        ("r.yaml:1:4", "'no' means different things to different YAML readers", "", '"no" for the text, or true, false, null in lower case'),
+        (
+            "r.yaml:1:4",
+            "'no' means different things to different YAML readers",
+            "",
+            '"no" for the text, or true, false, null in lower case',
+        ),
         ("r.yaml:2:4", "anchors are not allowed", "&x", "write the value out where it is used"),
     ]
 
@@ -73,7 +78,9 @@ def test_a_tab_gets_a_hint():
 
 
 def test_an_alias_bomb_costs_nothing():
-    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=False))
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=False)
+    )
     started = time.process_time()
     found = problems(bomb)
     assert time.process_time() - started < 1

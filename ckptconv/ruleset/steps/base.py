@@ -25,12 +25,15 @@ from ckptconv.spec import DType, TensorSpec
 MAX_RESULTS = 2_000_000
 
 
+PASSED_THROUGH = Origin()
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One line of the table while the steps run."""
 
     expr: Expr
-    origin: Origin = Origin()
+    origin: Origin = PASSED_THROUGH
     #: Which of several tensors of equal value this is: a copy and a fill get one of their own, so that only real ties stay tied.
     identity: str = ""
 

@@ -14,7 +14,18 @@ from ckptconv.plan import Dropped, apply, reads
 from ckptconv.ruleset import expressions
 from ckptconv.ruleset.patterns import Pattern
 from ckptconv.ruleset.steps.base import (
-    Context, DTypes, Entry, Number, Patterns, Step, Table, Templates, integer, rendered, replaced, with_captures,
+    Context,
+    DTypes,
+    Entry,
+    Number,
+    Patterns,
+    Step,
+    Table,
+    Templates,
+    integer,
+    rendered,
+    replaced,
+    with_captures,
 )  # fmt: skip
 from ckptconv.ruleset.steps.fan import fan_out
 from ckptconv.transforms import Guard

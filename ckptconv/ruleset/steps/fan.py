@@ -65,7 +65,9 @@ def _complete(group: Group, patterns: Sequence[Pattern], over: Sequence[str]) ->
             have = next(group.names())
             raise Refusal(f"{pattern.text!r} has no tensor{place}", code="CK205", found=f"only {printable(have)} and its like")
         gathered = [placeholder for placeholder in pattern.placeholders if placeholder.name in over]
-        wanted = list(itertools.product(*(_range(placeholder, column, pattern, place) for placeholder, column in _columns(gathered, found))))
+        wanted = list(
+            itertools.product(*(_range(placeholder, column, pattern, place) for placeholder, column in _columns(gathered, found)))
+        )
         missing = [key for key in wanted if key not in found]
         if missing:
             gap = ", ".join(f"{placeholder.name}={value}" for placeholder, value in zip(gathered, missing[0], strict=True))

@@ -65,7 +65,9 @@ class FillStep(Step):
             new_table = dict(table)
             for name, entry in made:
                 if name in table:
-                    context.problem("CK202", f"two results under one name: {printable(name)}", found=f"{table[name].origin} and {entry.origin}")
+                    context.problem(
+                        "CK202", f"two results under one name: {printable(name)}", found=f"{table[name].origin} and {entry.origin}"
+                    )
                     return table
                 new_table[name] = entry
             return new_table
@@ -96,5 +98,5 @@ class FillStep(Step):
             if len(shape) != 1:
                 raise Refusal("arange fills a tensor of rank 1", code="CK206", found=str(spec))
             return Fill("arange", 0, 0, spec)
-        constant = {"zeros": 0, "ones": 1}.get(self.value, self.value) if isinstance(self.value, str) else self.value
+        constant = self.value if not isinstance(self.value, str) else 0 if self.value == "zeros" else 1
         return Fill("constant", constant, 0, spec)

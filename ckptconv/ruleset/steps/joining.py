@@ -12,7 +12,18 @@ from ckptconv.plan import Expr, apply
 from ckptconv.ruleset.expressions import Lookup
 from ckptconv.ruleset.patterns import Index, Pattern
 from ckptconv.ruleset.steps.base import (
-    Context, Entry, Number, PatternField, Patterns, Step, Table, TemplateField, Templates, integer, rendered, replaced,
+    Context,
+    Entry,
+    Number,
+    PatternField,
+    Patterns,
+    Step,
+    Table,
+    TemplateField,
+    Templates,
+    integer,
+    rendered,
+    replaced,
     with_captures,
 )  # fmt: skip
 from ckptconv.ruleset.steps.fan import fan_out, grouped
@@ -55,7 +66,10 @@ class Split(Step):
             except Refusal as refusal:
                 context.refused(refusal, name)
                 continue
-            made = [(rendered(template, with_captures(lookup, extra), context, name), part) for (template, extra), part in zip(targets, parts, strict=True)]
+            made = [
+                (rendered(template, with_captures(lookup, extra), context, name), part)
+                for (template, extra), part in zip(targets, parts, strict=True)
+            ]
             results[name] = [(new, Entry(part, context.origin, entry.identity)) for new, part in made if new is not None]
         return replaced(table, results, context)
 
@@ -64,12 +78,16 @@ class Split(Step):
         size = expr.spec.shape[axis]
         if self.sizes is None:
             if size % count:
-                raise Refusal(f"axis {self.dim} has {size}, which is no multiple of {count}", code="CK206", found=str(expr.spec), try_="give sizes")
+                raise Refusal(
+                    f"axis {self.dim} has {size}, which is no multiple of {count}", code="CK206", found=str(expr.spec), try_="give sizes"
+                )
             sizes = [size // count] * count
         else:
             sizes = [integer(part, lookup, "a size", 0) for part in self.sizes]
             if sum(sizes) != size:
-                raise Refusal(f"the sizes {sizes} add up to {sum(sizes)}, but axis {self.dim} has {size}", code="CK206", found=str(expr.spec))
+                raise Refusal(
+                    f"the sizes {sizes} add up to {sum(sizes)}, but axis {self.dim} has {size}", code="CK206", found=str(expr.spec)
+                )
         parts: list[Expr] = []
         start = 0
         for part in sizes:
@@ -138,7 +156,9 @@ class Stack(Step):
         axis = self.dim if self.dim >= 0 else self.dim + rank + 1
         if not 0 <= axis <= rank:
             raise Refusal(f"a new axis cannot stand at {self.dim} in a tensor of rank {rank}", code="CK206", found=str(pieces[0].spec))
-        return apply(Concat(axis=axis), *(apply(insert_axis(len(piece.spec.shape), min(axis, len(piece.spec.shape))), piece) for piece in pieces))
+        return apply(
+            Concat(axis=axis), *(apply(insert_axis(len(piece.spec.shape), min(axis, len(piece.spec.shape))), piece) for piece in pieces)
+        )
 
 
 class Unstack(Step):
@@ -210,4 +230,3 @@ def _joined(step: ConcatStep | Stack, over: Sequence[str], table: Table, context
         results.update({name: [] for name in names})
         results[min(names, key=place.__getitem__)] = [(new, Entry(expr, context.origin, table[names[0]].identity))]
     return replaced(table, results, context)
-

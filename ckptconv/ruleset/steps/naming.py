@@ -13,8 +13,18 @@ from ckptconv.errors import Refusal, printable
 from ckptconv.names import collapse
 from ckptconv.ruleset.patterns import Pattern, Template
 from ckptconv.ruleset.steps.base import (
-    Context, Entry, PatternField, Patterns, Step, Table, TemplateField, one_or_many, rendered, replaced,
+    Context,
+    Entry,
+    PatternField,
+    Patterns,
+    Step,
+    Table,
+    TemplateField,
+    one_or_many,
+    rendered,
+    replaced,
 )  # fmt: skip
+
 
 def _texts(value: Any) -> tuple[str, ...]:
     items = value if isinstance(value, list) else [value]
@@ -120,7 +130,9 @@ class StripInfix(Step):
             kept: list[str] = []
             at = 0
             while at < len(parts):
-                hit = next((wrapper for wrapper in wrappers if parts[at : at + len(wrapper)] == wrapper and at + len(wrapper) < len(parts)), None)
+                hit = next(
+                    (wrapper for wrapper in wrappers if parts[at : at + len(wrapper)] == wrapper and at + len(wrapper) < len(parts)), None
+                )
                 at += len(hit) if hit else 1
                 if not hit:
                     kept.append(parts[at - 1])

@@ -13,7 +13,17 @@ from ckptconv.plan import Expr, apply
 from ckptconv.ruleset.expressions import Lookup
 from ckptconv.ruleset.patterns import Pattern
 from ckptconv.ruleset.steps.base import (
-    Context, DTypeField, Entry, Number, Patterns, Step, Table, TemplateField, integer, rendered, replaced,
+    Context,
+    DTypeField,
+    Entry,
+    Number,
+    Patterns,
+    Step,
+    Table,
+    TemplateField,
+    integer,
+    rendered,
+    replaced,
 )  # fmt: skip
 from ckptconv.transforms import Cast, Rearrange, Reshape, Slice
 
@@ -87,7 +97,9 @@ class RearrangeStep(MapStep):
         strangers = [name for name in self.sizes if name not in axes]
         if strangers:
             raise Refusal(
-                f"{printable(strangers[0])!r} is no axis of {self.pattern!r}", code="CK102", try_="fields: keys, from, to, pattern, and the axes"
+                f"{printable(strangers[0])!r} is no axis of {self.pattern!r}",
+                code="CK102",
+                try_="fields: keys, from, to, pattern, and the axes",
             )
         return self
 
