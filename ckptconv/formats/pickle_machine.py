@@ -323,7 +323,9 @@ class _Machine:
         known = _KNOWN.get(function.name)
         return known(arguments) if known is not None else Foreign(function.name, arguments=arguments)
 
-    def persistent(self, reference: Any) -> StorageRef:
+    def persistent(self, reference: Any) -> Any:
+        if isinstance(reference, tuple) and len(reference) == 4 and reference[0] == "module" and isinstance(reference[1], Global):
+            return reference[1]  # legacy files carry the source of a module's class beside it
         if (
             not isinstance(reference, tuple)
             or len(reference) not in (5, 6)

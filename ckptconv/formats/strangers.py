@@ -53,6 +53,11 @@ _NAMES = {
     ),
 }  # fmt: skip
 
+#: Modules that honest packages import, and so can be reached through them: `argparse.os`.
+_EVERYWHERE = frozenset(
+    {"os", "sys", "posix", "nt", "subprocess", "shutil", "builtins", "__builtin__", "ctypes", "importlib", "pickle", "socket"}
+)
+
 #: Of refused modules, what torch itself writes for honest tensors.
 _HONEST = frozenset({"torch.serialization._get_layout"})
 
@@ -81,6 +86,8 @@ def refused_reason(module: str, name: str) -> str:
             return found
     if parts[0] in _MODULES:
         return _MODULES[parts[0]]
+    if any(part in _EVERYWHERE for part in parts[1:]):
+        return _RUNS
     whole = [*parts, *qualified]
     for at in range(len(whole), 1, -1):
         found = _NAMES.get(".".join(whole[:at]))

@@ -53,9 +53,7 @@ def read(path: Path) -> Contents:
     with opened(path) as descriptor:
         records = directory(descriptor)
         if "constants.pkl" in records:
-            raise _bad(
-                "this is a TorchScript archive: it holds code", code="CK301", try_="in its own code: torch.save(module.state_dict(), …)"
-            )
+            raise _scripted()
         if "data.pkl" not in records:
             raise _bad("the archive has no data.pkl: it was not written by torch.save", code="CK301")
         big_endian = _byte_order(descriptor, records)
@@ -70,6 +68,11 @@ def read(path: Path) -> Contents:
     spare = [name for name in records if name not in _KNOWN and name.removeprefix("data/") not in storages.seen]
     warnings = (f"{len(spare)} records belong to no tensor ({printable(', '.join(spare[:3]))}); they are left behind",) if spare else ()
     return contents_from_tree("torch", (path,), tree, metadata=metadata, warnings=warnings)
+
+
+def _scripted() -> Refusal:
+    hint = "torch.jit.load it where you trust it, and torch.save(module.state_dict(), …)"
+    return _bad("this is a TorchScript archive: it holds code, which is never run; export a state_dict", code="CK301", try_=hint)
 
 
 class _Storages:
@@ -158,6 +161,8 @@ def directory(descriptor: int) -> dict[str, Record]:
         at += name_n + extra_n + comment_n
         packed, plain, header = _wide(extra, packed, plain, header)
         whole = _name(raw_name)
+        if whole.partition("/")[2].startswith("code/"):
+            raise _scripted()
         if method or packed != plain:
             raise _bad(f"record {printable(whole)!r} is compressed; torch stores records as they are", code="CK306")
         if flags & 0x41 or disk:
@@ -191,7 +196,8 @@ def _end_records(descriptor: int, size: int) -> tuple[int, int, int, int]:
     if len(tail) < 22 or tail[-22:-18] != b"PK\5\6":
         longer_at = max(0, size - 65_600)
         longer = read_at(descriptor, size - longer_at, longer_at)
-        if b"PK\5\6" in longer:
+        end_at = longer.rfind(b"PK\5\6")
+        if 0 <= end_at <= len(longer) - 22:
             raise _bad("bytes follow the end of the archive", code="CK306", try_="the file was appended to, or cut in the wrong place")
         raise _bad("the archive's end is missing: the file is cut off", code="CK302", found=f"{size:,} bytes", try_="fetch the file again")
     disk, start_disk, here, count, length, start, comment = struct.unpack_from("<4H2IH", tail, len(tail) - 18)

@@ -11,6 +11,8 @@ from ckptconv.names import Template, collapse
 from ckptconv.plan import Apply, Expr, Fill, Origin, Output, Plan, Read, reads
 from ckptconv.transforms import Cast, Concat, Rearrange, Reshape, Slice
 
+#: Templates that are said one by one; more are said by what changes in them.
+FEW = 3
 _DIGITS = re.compile(r"\d+")
 _VERBS: Mapping[type, str] = {Cast: "cast", Concat: "joined", Rearrange: "rearranged", Reshape: "reshaped", Slice: "split"}
 
@@ -37,21 +39,50 @@ def changes(plan: Plan) -> list[Change]:
     """Every output and every dropped tensor of the plan, in as few lines as its steps and templates allow."""
     aliases = plan.manifest.aliases
     groups: dict[tuple[Any, ...], list[tuple[str, tuple[str, ...]]]] = {}
+    key: tuple[Any, ...]
     heads: dict[tuple[Any, ...], tuple[str, str, Origin]] = {}
     for output in plan.outputs:
         verb = "tied" if output.name in aliases else verb_of(output)
         made_of = (aliases[output.name],) if verb == "tied" else reads(output.expr)
-        detail = "" if verb in ("tied", "unchanged", "renamed") else text_of(output.expr)
-        # What is only renamed by one step is one line for each source template, however many numbers the names hold.
-        key = (verb, output.origin, detail, _skeleton(output.name), _skeletons(made_of))
+        if verb == "unchanged":
+            detail, key = "", (verb,)
+        elif verb == "renamed":
+            # One edit is one line, however many names it touches: all of strip_prefix, say.
+            before, after = edit(made_of[0], output.name)
+            detail, key = f"{before!r} to {after!r}", (verb, output.origin, _skeleton(before), _skeleton(after))
+        else:
+            detail = "" if verb == "tied" else text_of(output.expr)
+            key = (verb, output.origin, detail, _skeleton(output.name), _skeletons(made_of))
         heads.setdefault(key, (verb, detail, output.origin))
         groups.setdefault(key, []).append((output.name, made_of))
-    found = [
-        Change(heads[key][0], tuple(collapse(_flat(made_of for _, made_of in members))), tuple(collapse([name for name, _ in members])),
-               len(members), heads[key][1], heads[key][2])
-        for key, members in groups.items()
-    ]  # fmt: skip
-    return found + _dropped(plan)
+    return [_change(*heads[key], members) for key, members in groups.items()] + _dropped(plan)
+
+
+def _change(verb: str, detail: str, origin: Origin, members: list[tuple[str, tuple[str, ...]]]) -> Change:
+    sources = tuple(collapse(_flat(made_of for _, made_of in members)))
+    outputs = tuple(collapse([name for name, _ in members]))
+    if verb == "renamed" and len(sources) <= FEW:
+        detail = ""  # the templates say it themselves
+    return Change(verb, sources, outputs, len(members), detail, origin)
+
+
+def edit(old: str, new: str) -> tuple[str, str]:
+    """What one name has in the place of the other's, whole parts of names only.
+
+    >>> edit("module.layers.0.weight", "layers.0.weight"), edit("blocks.0.norm1.bias", "layers.0.layernorm_before.bias")
+    (('module.', ''), ('blocks.0.norm1', 'layers.0.layernorm_before'))
+    """
+    before, after = old.split("."), new.split(".")
+    tail = 0
+    while tail < min(len(before), len(after)) and before[-1 - tail] == after[-1 - tail]:
+        tail += 1
+    head = 0
+    while head < min(len(before), len(after)) - tail and before[head] == after[head]:
+        head += 1
+    left, right = before[head : len(before) - tail], after[head : len(after) - tail]
+    if not left or not right:  # something was taken out or put in: say it with its dot
+        return ".".join([*left, ""]), ".".join([*right, ""])
+    return ".".join(left), ".".join(right)
 
 
 def verb_of(output: Output) -> str:

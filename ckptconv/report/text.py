@@ -13,7 +13,7 @@ from rich.tree import Tree
 from ckptconv._version import __version__
 from ckptconv.errors import Problem, printable
 from ckptconv.names import Template, collapse
-from ckptconv.report.changes import Change
+from ckptconv.report.changes import FEW, Change
 from ckptconv.report.model import Candidate, Difference, Inspection, RunReport
 from ckptconv.verify import Ladder
 
@@ -51,7 +51,7 @@ def print_run(report: RunReport, console: Console, verbose: int = 0) -> None:
             head.append(f" ({report.destination['format']})" if report.destination["format"] else "")
         console.print(head)
     if report.changes and report.command != "verify":
-        console.print(_changes_table(report.changes, verbose))
+        _print_changes(report.changes, console, verbose)
     for path, kind in list(report.skipped.items())[: None if verbose else 6]:
         console.print(Text("  left behind: ", "dim").append_text(safe(f"{path} ({kind})")))
     if not verbose and len(report.skipped) > 6:
@@ -75,29 +75,30 @@ def _place(source: Mapping[str, Any]) -> str:
     return str(source["format"]) + ("" if container == "." else f", {printable(container)}")
 
 
-def _changes_table(changes: Sequence[Change], verbose: int) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for justify in ("left", "right", "left"):
-        table.add_column(justify=justify, no_wrap=justify == "right")
+def _print_changes(changes: Sequence[Change], console: Console, verbose: int) -> None:
+    """One line a change: what was done, to how many tensors, and their names before and after."""
     rows = sorted(changes, key=lambda change: _SHOWN_LAST.index(change.verb) if change.verb in _SHOWN_LAST else -1)
+    width = max(len(change.verb) for change in rows)
+    digits = max(len(f"{change.count:,}") for change in rows)
     for change in rows[: None if verbose else MAX_ROWS]:
-        line = safe(_joined(change.sources)) if change.verb not in ("filled",) else Text()
+        style = {"dropped": "yellow", "unchanged": "dim"}.get(change.verb, "cyan")
+        line = Text.assemble((f"  {change.verb:<{width}}  {change.count:>{digits},}  ", style))
+        line.append_text(safe(_joined(change.sources, verbose), 2000))
         if change.outputs and change.verb != "unchanged":
-            line.append(" → " if change.sources else "").append_text(safe(_joined(change.outputs), 400))
+            line.append(" → " if change.sources else "").append_text(safe(_joined(change.outputs, verbose), 2000))
         if change.detail:
             line.append(f"   {printable(change.detail)}", "dim")
         if verbose and change.origin.step:
             line.append(f"   {change.origin}", "dim")
-        style = {"dropped": "yellow", "unchanged": "dim"}.get(change.verb, "cyan")
-        table.add_row(Text("  " + change.verb, style), f"{change.count:,}", line)
+        console.print(line)
     if len(rows) > MAX_ROWS and not verbose:
-        table.add_row("", "", Text(f"and {len(rows) - MAX_ROWS} more changes (-v shows all)", "dim"))
-    return table
+        console.print(Text(f"  and {len(rows) - MAX_ROWS} more changes (-v shows all)", "dim"))
 
 
-def _joined(templates: Sequence[Template]) -> str:
-    shown = ", ".join(template.text for template in templates[:3])
-    return shown + (f", … {len(templates)} templates" if len(templates) > 3 else "")
+def _joined(templates: Sequence[Template], verbose: int) -> str:
+    most = len(templates) if verbose else FEW
+    shown = ", ".join(template.text for template in templates[:most])
+    return shown + (f", … {len(templates)} templates" if len(templates) > most else "")
 
 
 def _print_ladder(ladder: Ladder, console: Console) -> None:
