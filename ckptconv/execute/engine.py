@@ -209,7 +209,8 @@ class _Crew:
         finally:
             self.stop.set()
             for worker in workers:
-                worker.join()
+                if worker.ident is not None:  # Ctrl-C may come before all of them were started
+                    worker.join()
             if restore is not None:
                 restore()
         if errors:

@@ -95,12 +95,13 @@ def _view(tensor: Tensor) -> memoryview:
     """The bytes of a uint8 tensor as a writable memoryview, without numpy."""
     import ctypes
 
-    address, nbytes = tensor.data_ptr(), tensor.numel()
-    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+    held = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
+    held.tensor = tensor  # type: ignore[attr-defined]  # the view keeps the array alive, and so the array must keep the memory
+    return memoryview(held).cast("B")
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU; the tensor must outlive the view."""
+    """The bytes of a contiguous tensor on the CPU, without numpy. The view keeps the tensor alive."""
     import torch
 
     return _view(tensor.reshape(-1).view(torch.uint8)) if tensor.numel() else memoryview(b"")

@@ -62,18 +62,27 @@ class Staging:
             raise OutputError(
                 Problem("CK503", f"the folder {printable(parent)} does not exist", where=self._shown, try_=f"mkdir -p {printable(parent)}")
             )
-        with self._explained():
-            _remove_stale(parent, self.destination.name)
-            if self.is_folder:
-                self.path.mkdir()
-            else:
-                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-            # Held until the end: a staging that nobody holds is a dead run's, and the next one may take it away.
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            with self._explained():
+                _remove_stale(parent, self.destination.name)
+                if self.is_folder:
+                    self.path.mkdir()
+                else:
+                    os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+                # Held until the end: a staging that nobody holds is a dead run's, and the next one may take it away.
+                self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:  # Ctrl-C between two of these lines, say: nobody would call __exit__
+            self._remove()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._remove()
+        if isinstance(error, OSError) and not isinstance(error, CkptconvError):
+            raise self._problem(error) from error
+
+    def _remove(self) -> None:
         try:
             if not self._published:
                 if self.is_folder:
@@ -83,8 +92,7 @@ class Staging:
         finally:
             if self._lock >= 0:
                 os.close(self._lock)
-        if isinstance(error, OSError) and not isinstance(error, CkptconvError):
-            raise self._problem(error) from error
+                self._lock = -1
 
     @property
     def _shown(self) -> str:

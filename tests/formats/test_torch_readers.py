@@ -41,6 +41,14 @@ def sample(dtype):
     return torch.arange(6).view(2, 3).to(torch.float32 if theirs.itemsize == 1 and theirs.is_floating_point else theirs).to(theirs)
 
 
+def saved_in_the_old_format(state, path):
+    try:
+        save(state, path, new=False)
+    except (NotImplementedError, AttributeError, TypeError, RuntimeError, KeyError):
+        return False
+    return True
+
+
 @pytest.fixture(params=[True, False], ids=["zip", "legacy"])
 def new(request):
     return request.param
@@ -54,11 +62,11 @@ def save(value, path, new, **options):
 @pytest.mark.parametrize("dtype", list(DType))
 def test_every_dtype(tmp_path, dtype, new):
     value = sample(dtype)
-    try:
-        save({"x": value, "empty": value[:0], "one": value[0, 0]}, tmp_path / "a.pth", new)
-    except (NotImplementedError, AttributeError, TypeError, RuntimeError, KeyError) as error:
-        assert not new, f"torch saves {dtype} in its own format: {error}"
-        return
+    state = {"x": value, "empty": value[:0], "one": value[0, 0]}
+    if new:
+        save(state, tmp_path / "a.pth", new)
+    elif not saved_in_the_old_format(state, tmp_path / "a.pth"):
+        return  # torch has no way to write it either
     found = tensors_of(tmp_path / "a.pth")
     assert same(found["x"], value)
     assert found["empty"].shape == (0, 3)
