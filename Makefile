@@ -56,7 +56,7 @@ convert: $(READY)
 	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(RULES)" || { echo "want IN=folder OUT=folder RULES=rule" >&2; exit 2; }
 	@mkdir -p "$(OUT)"
 	@$(BIN)/python scripts/folder_rules.py "$(IN)" "$(OUT)" "$(RULES)" --command "$(abspath $(BIN))/ckptconv" $(if $(FORMAT),--format $(FORMAT)) \
-	    -- $(ARGS) > "$(OUT)/.convert.mk"
+	    --arguments="$(ARGS)" > "$(OUT)/.convert.mk"
 	@rm -f "$(OUT)/.failed"; $(MAKE) --no-print-directory --keep-going --file "$(OUT)/.convert.mk" all; code=$$?; \
 	    if [ -s "$(OUT)/.failed" ]; then echo "not converted:"; sort "$(OUT)/.failed" | sed 's/^/  /'; fi; \
 	    rm -f "$(OUT)/.convert.mk" "$(OUT)/.failed"; exit $$code

@@ -12,8 +12,8 @@ from pathlib import PurePath
 from typing import Any
 
 from ckptconv import formats
-from ckptconv.errors import Problem, Refusal, UsageError, printable
-from ckptconv.formats.base import Container, Contents, Converted, FileLayout, Foreign, Kept, Placed, Unsupported
+from ckptconv.errors import InputError, Problem, Refusal, UsageError, printable
+from ckptconv.formats.base import Container, Contents, Converted, FileLayout, Foreign, Kept, Placed, Unsupported, Writer
 from ckptconv.formats.sharded import index_json, plan_shards
 from ckptconv.spec import Manifest
 
@@ -62,16 +62,36 @@ def lay_out(
     module_versions: Mapping[str, Mapping[str, Any]] | None = None,
     tree: Any = None,
 ) -> Layout:
-    """The files that hold ``manifest``. Raises :class:`~ckptconv.errors.Refusal` (CK504) for what the format cannot hold."""
+    """The files that hold ``manifest``.
+
+    Raises :class:`~ckptconv.errors.InputError` CK504 for what the format cannot hold (a dtype, a header past its limit), and
+    :class:`~ckptconv.errors.UsageError` CK209 for names that cannot be written.
+    """
     writer = formats.WRITERS[format]
     refusals = writer.refuse(manifest)
-    if refusals:
-        raise UsageError([refusal.at(str(destination)) for refusal in refusals[:20]])
-    options: dict[str, Any] = {"metadata": metadata or {}, "module_versions": module_versions, "tree": tree}
+    try:
+        if not refusals:
+            return _lay_out(
+                writer,
+                manifest,
+                destination,
+                is_folder,
+                shard_nbytes,
+                {"metadata": metadata or {}, "module_versions": module_versions, "tree": tree},
+            )
+    except Refusal as refusal:
+        refusals = [refusal]
+    kind = InputError if any(refusal.code == "CK504" for refusal in refusals) else UsageError
+    raise kind([refusal.at(printable(destination)) for refusal in refusals[:20]])
+
+
+def _lay_out(
+    writer: Writer, manifest: Manifest, destination: PurePath, is_folder: bool, shard_nbytes: int | None, options: Mapping[str, Any]
+) -> Layout:
     if not is_folder:
         return Layout((writer.lay_out(destination.name, manifest, **options),), is_folder=False)
-    stem, suffix = _STEMS[format]
-    shards = plan_shards(manifest, format, shard_nbytes, stem)
+    stem, suffix = _STEMS[writer.name]
+    shards = plan_shards(manifest, writer.name, shard_nbytes, stem)
     files = tuple(writer.lay_out(name, part, **options) for name, part in shards)
     if len(shards) < 2:
         return Layout(files, is_folder=True)

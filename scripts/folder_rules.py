@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("rules")
     parser.add_argument("--command", required=True)
     parser.add_argument("--format", choices=sorted(SUFFIX))
-    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--arguments", default="", help="more options for every run, quoted as in a shell")
     given = parser.parse_args()
     try:
         rules = find(given.rules)
@@ -54,7 +54,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     rule_path = folder() / rules.file.removeprefix("rules/") if rules.builtin else Path(given.rules)
-    options = [*(["--format", given.format] if given.format else []), *given.arguments]
+    options = [*(["--format", given.format] if given.format else []), *shlex.split(given.arguments)]
     targets = []
     failed = for_shell(given.destination / ".failed")
     body = []

@@ -205,7 +205,7 @@ class SafetensorsWriter:
                 refusals.append(Refusal(reason, code="CK209", found=shown))
             if spec.dtype not in DTYPE_CODES:
                 refusals.append(Refusal(f"{shown}: safetensors has no {spec.dtype}", code="CK504", found=str(spec),
-                                        try_="a cast step, or --to-format torch"))  # fmt: skip
+                                        try_="a cast step, or --format torch"))  # fmt: skip
             elif spec.dtype is DType.float4_e2m1fn_x2 and not spec.shape:
                 refusals.append(Refusal(f"{shown}: safetensors counts single F4 numbers on the last axis, and this tensor has no axis",
                                         code="CK504", found=str(spec)))  # fmt: skip

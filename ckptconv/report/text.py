@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -177,7 +178,7 @@ def _print_candidate(candidate: Candidate, console: Console, *, flat: bool, matc
     console.print(title)
     patterns = [Pattern.parse(text) for text in match]
     if tree and not match:
-        console.print(_tree(candidate))
+        console.print(Padding(_tree(candidate), (0, 0, 0, 4)))
         return
     rows = [(name, str(spec), spec.nbytes) for name, spec in manifest.tensors.items()]
     if patterns:
@@ -196,7 +197,7 @@ def _print_candidate(candidate: Candidate, console: Console, *, flat: bool, matc
 
 def _tree(candidate: Candidate) -> Tree:
     """Modules as branches, templates as leaves; numbered modules of one kind are one branch."""
-    root = Tree(Text(f"    {printable(candidate.path)}"), guide_style="dim")
+    root = Tree(Text(printable(candidate.path)), guide_style="dim")
     branches: dict[str, Tree] = {"": root}
     for text, spec, nbytes in candidate.templates():
         parts = printable(text, 1024).split(".")

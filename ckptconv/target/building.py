@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,23 +76,23 @@ def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str
     answer_read, answer_write = os.pipe()
     # -P keeps the working folder off the front of the path (3.11); before, starting a file by its path does: only its own folder is there.
     start = [sys.executable, "-c", _START, str(Path(__file__).parent.parent.parent)]
-    with tempfile.TemporaryFile() as request_file, tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as request_file:
         request_file.write(json.dumps(full).encode())
         request_file.seek(0)
         try:
             child = subprocess.Popen(
-                [*start, str(request_file.fileno()), str(answer_write)], stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                pass_fds=(request_file.fileno(), answer_write), start_new_session=True, preexec_fn=_limit_output,  # noqa: PLW1509  (it only sets limits)
+                [*start, str(request_file.fileno()), str(answer_write)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                pass_fds=(request_file.fileno(), answer_write), start_new_session=True,
             )  # fmt: skip
         finally:
             os.close(answer_write)
+        said = _Tail(child)
         try:
             raw = _collected(answer_read, child, timeout)
         finally:
             os.close(answer_read)
             _end(child)
-        said.seek(max(0, said.seek(0, os.SEEK_END) - _TAIL))
-        tail = said.read().decode("utf-8", "replace")
+        tail = said.text()
     where = printable(target.text)
     if raw is None:
         raise FitError(Problem("CK406", f"building the target took longer than {timeout:g} s", where=where, try_="--timeout SECONDS"))
@@ -113,12 +114,24 @@ _START = (
 )
 
 
-def _limit_output() -> None:
-    """What the child prints goes to a file that cannot grow past 64 MiB; more of it ends in an error of its own."""
-    import resource
+class _Tail:
+    """The end of what a child prints: read all the time, so that it never waits for us, and forgotten but for the last lines."""
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 26, 1 << 26))
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        assert child.stdout is not None, "it was started with a pipe"
+        self._pipe, self._end = child.stdout, b""
+        self._thread = threading.Thread(target=self._drain, daemon=True)
+        self._thread.start()
+
+    def _drain(self) -> None:
+        while part := os.read(self._pipe.fileno(), 1 << 16):
+            self._end = (self._end + part)[-_TAIL:]
+
+    def text(self) -> str:
+        """What was kept; the child is gone by now."""
+        self._thread.join(5)
+        self._pipe.close()
+        return self._end.decode("utf-8", "replace")
 
 
 def _collected(descriptor: int, child: subprocess.Popen[bytes], timeout: float) -> bytes | None:

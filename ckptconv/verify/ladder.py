@@ -187,7 +187,7 @@ class _Climb:
         copied = [output for output in evidence.plan.stored if isinstance(output.expr, Read)]
         made = [output for output in evidence.plan.stored if isinstance(output.expr, Fill)]
         with Sources(evidence.source_files) as opened, Sources(self.written_files) as reopened:
-            result = conserved(evidence.plan, evidence.source, opened, self.written.tensors, reopened)
+            result = conserved(evidence.plan, evidence.source, opened, self.written.tensors, reopened, evidence.computed)
         problems = [
             Problem("CK407", f"{printable(output.name)}: the bytes differ from the source's", where=str(output.origin))
             for output in copied

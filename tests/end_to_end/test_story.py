@@ -221,3 +221,46 @@ def test_an_interrupted_run_leaves_nothing(folder, cli, snapshot):
     assert done.returncode == 5, done.stderr
     assert "CK503" in done.stderr
     assert snapshot(folder) == before
+
+
+def test_a_rule_file_may_name_its_target_beside_it_but_no_code(folder, cli):
+    torch.save(Net().state_dict(), folder / "good.pth")
+    assert cli("inspect", "good.pth", "--save-manifest", "net.json", cwd=folder).code == 0
+    torch.save(nn.DataParallel(Net(out=5)).state_dict(), folder / "in.pth")
+    rules = write_rules(folder, "  - strip_prefix: module.", more="target: {model: net.json}\n")
+    result = cli("run", rules, "in.pth", "out.pth", cwd=folder)
+    assert result.code == 4
+    assert "net.json  [CK403]" in result.err
+    torch.save(nn.DataParallel(Net()).state_dict(), folder / "in.pth")
+    assert cli("run", rules, "in.pth", "out.pth", cwd=folder).code == 0
+    code = write_rules(folder, "  - strip_prefix: module.", more="target: {model: 'py:nets:net'}\n")
+    refused = cli("run", code, "in.pth", "out2.pth", cwd=folder)
+    assert refused.code == 2
+    assert "CK106" in refused.err
+    assert not (folder / "__pycache__").exists() or not list((folder / "__pycache__").glob("nets*")), "nothing was imported"
+
+
+def test_what_a_format_cannot_hold_is_named_before_any_work(folder, cli):
+    torch.save({"module.z": torch.ones(2, dtype=torch.complex128)}, folder / "in.pth")
+    result = cli("run", "dataparallel", "in.pth", "out.safetensors", cwd=folder)
+    assert result.code == 3
+    assert "CK504" in result.err
+    assert "z: safetensors has no complex128" in result.err
+    assert cli("run", "dataparallel", "in.pth", "out.pth", cwd=folder).code == 0
+
+
+def test_a_value_that_a_cast_cannot_hold_stops_everything(folder, cli):
+    torch.save({"a.weight": torch.tensor([1.0, 7e4])}, folder / "in.pth")
+    rules = write_rules(folder, "  - cast: {keys: '**', dtype: float16}")
+    result = cli("run", rules, "in.pth", "out.pth", cwd=folder)
+    assert result.code == 4
+    assert "70000 overflows float16 (largest 65504)" in result.err
+    assert not (folder / "out.pth").exists()
+
+
+def test_a_check_looks_at_values_too(folder, cli):
+    torch.save({"a.weight": torch.tensor([1.0, float("nan")])}, folder / "in.pth")
+    rules = write_rules(folder, "  - check: {keys: '**', finite: true}")
+    result = cli("run", rules, "in.pth", "out.pth", cwd=folder)
+    assert result.code == 4
+    assert "1 of 2 values are not finite" in result.err
