@@ -90,7 +90,7 @@ def test_plan_says_bytes_lineage_and_peak(folder, cli):
     result = cli("plan", "dataparallel", "in.pth", "out.pth", cwd=folder)
     assert result.code == 0
     assert "renamed" in result.out
-    assert "module.layers.{0-11}.attn.qkv.weight → layers.{0-11}.attn.qkv.weight" in result.out
+    assert "module.layers.{0-11}.attn.qkv.weight, module.head.weight → layers.{0-11}.attn.qkv.weight, head.weight" in result.out
     assert "peak memory" in result.out
     assert not (folder / "out.pth").exists()
 
