@@ -28,20 +28,29 @@ save_file({name.removeprefix("module."): value for name, value in state.items()}
 """
 
 
-def make(folder: Path, gigabytes: float, tensors: int = 300) -> tuple[Path, Path]:
-    """A language model's worth of bf16 tensors, as .pth and as .safetensors."""
-    import torch
-    from safetensors.torch import save_file
+MAKE = """
+import sys, torch
+from safetensors.torch import save_file
+folder, rows, tensors = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+state = {f"module.layers.{at}.weight": torch.randn(rows, 2048).to(torch.bfloat16) for at in range(tensors)}
+torch.save(state, f"{folder}/in.pth")
+save_file(state, f"{folder}/in.safetensors")
+"""
 
+
+def make(folder: Path, gigabytes: float, tensors: int = 300) -> tuple[Path, Path]:
+    """A language model's worth of bf16 tensors, as .pth and as .safetensors.
+
+    In a process of its own: a child's peak memory is counted from before it became another program, so this one must stay small.
+    """
     rows = int(gigabytes * 2**30 / 2 / tensors / 2048)
-    state = {f"module.layers.{at}.weight": torch.randn(rows, 2048).to(torch.bfloat16) for at in range(tensors)}
-    torch.save(state, folder / "in.pth")
-    save_file(state, folder / "in.safetensors")
+    subprocess.run([sys.executable, "-c", MAKE, folder, str(rows), str(tensors)], check=True)
     return folder / "in.pth", folder / "in.safetensors"
 
 
 def timed(command: list[str]) -> tuple[float, int]:
     """Seconds, and the peak resident memory of the process in bytes."""
+    os.sync()  # what the one before has written must not be paid for by this one
     started = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
