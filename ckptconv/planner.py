@@ -49,10 +49,8 @@ def make_plan(
         if _wanted(rule_step, table, context):
             table = rule_step.step.lower(table, context)
         # After a step that failed, a later one may find nothing only because of that: saying so twice would hide the cause.
-        found = context.problems if not problems else [problem for problem in context.problems if problem.code != "CK201"]
-        if problems and all(problem.code == "CK201" for problem in problems):
-            found = context.problems
-        problems += found
+        failed = any(problem.code != "CK201" for problem in problems)
+        problems += [problem for problem in context.problems if not (failed and problem.code == "CK201")]
         notes += context.notes
         dropped += context.dropped
     outputs = tuple(Output(name, entry.expr, entry.origin) for name, entry in table.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from ckptconv.plan import Apply, Expr, Output, Plan, Read, walk
+from ckptconv.plan import Apply, Expr, Output, Plan, walk
 
 BUFFER_NBYTES = 1 << 20  #: of each worker that copies
 
@@ -49,8 +49,3 @@ def plan_peak(plan: Plan, threads: int) -> int:
     """The most bytes that ``threads`` workers need together: the largest islands side by side, and a copying buffer each."""
     islands = heapq.nlargest(threads, (peak_nbytes(island) for island in plan.islands()))
     return sum(islands) + threads * BUFFER_NBYTES
-
-
-def is_copy(output: Output) -> bool:
-    """True for an output that is a source tensor as it is."""
-    return isinstance(output.expr, Read)

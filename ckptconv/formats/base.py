@@ -57,7 +57,7 @@ class Foreign:
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """A tensor of a kind that is read but cannot be converted (sparse, quantised, …); an error only when a plan needs it."""
+    """A tensor of a kind that cannot be converted (sparse, quantised, …): it is named, and its state_dict is refused."""
 
     kind: str
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Container, Contents, Foreign, Placed, Unsupported
-from ckptconv.formats.pickle_machine import Global, Ordered, StorageRef
+from ckptconv.formats.rebuilding import Global, Ordered, StorageRef
 from ckptconv.names import unusable
 
 MAX_DEPTH = 64

@@ -9,54 +9,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.base import Foreign, Placed, Storage, Unsupported
-from ckptconv.formats.dtypes import QUANTISED_STORAGES, STORAGE_DTYPES, TORCH_DTYPES
+from ckptconv.formats.base import Foreign, Placed, Unsupported
+from ckptconv.formats.rebuilding import DICTS, KNOWN, Global, Ordered, StorageRef, malformed
 from ckptconv.formats.strangers import refused_reason
-from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, TensorSpec, contiguous_strides
+from ckptconv.spec import MAX_ELEMENTS
 
 MAX_STEPS = 100_000_000
 MAX_MEMO = 20_000_000
 MAX_TEXT = 16 << 20
 MAX_MARKS = 256
 MAX_INTEGER_BYTES = 32
-#: A view that repeats its elements (``expand``) may be this much larger than what is stored, or this large at all.
-MAX_REPEAT, MAX_EXPANDED = 4, 1 << 30
-
-
-class Ordered(dict[Any, Any]):
-    """An ``OrderedDict`` of the file; ``metadata`` is its ``_metadata`` attribute (torch keeps module versions there)."""
-
-    metadata: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A name that the pickle mentions: ``module.name``."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """A storage that a tensor is a view on; ``dtype`` is None where the tensor says it."""
-
-    dtype: DType | None
-    storage: Storage
-    nbytes: int
-    quantised: bool = False
-
-
 #: (storage class name, key, element count, view metadata) -> the storage. Raises Refusal for one that is not there.
 Resolve = Callable[[str, str, int, Any], StorageRef]
-
-
-def _bad(what: str, at: int = -1, *, code: str = "CK304", found: str = "") -> Refusal:
-    return Refusal(what, code=code, found=found or (f"at byte {at:,} of the pickle" if at >= 0 else ""))
 
 
 def run(raw: bytes, resolve: Resolve, start: int = 0) -> tuple[Any, int]:
@@ -72,7 +39,7 @@ def run(raw: bytes, resolve: Resolve, start: int = 0) -> tuple[Any, int]:
         if isinstance(error, Refusal):
             raise
         what = "the pickle ends early" if machine.at >= len(raw) else f"the pickle is malformed ({type(error).__name__})"
-        raise _bad(what, machine.at) from None
+        raise malformed(what, machine.at) from None
 
 
 class _Machine:
@@ -98,7 +65,7 @@ class _Machine:
                 at += 1
             elif op == 0x72:  # LONG_BINPUT
                 if len(memo) > MAX_MEMO:
-                    raise _bad(f"the pickle remembers more than {MAX_MEMO:,} things", at)
+                    raise malformed(f"the pickle remembers more than {MAX_MEMO:,} things", at)
                 memo[unpack_u4(raw, at)[0]] = stack[-1]
                 at += 4
             elif op == 0x6A:  # LONG_BINGET
@@ -113,7 +80,7 @@ class _Machine:
                 at += 4 + size
             elif op == 0x28:  # MARK
                 if len(marks) > MAX_MARKS:
-                    raise _bad(f"the pickle nests deeper than {MAX_MARKS}", at)
+                    raise malformed(f"the pickle nests deeper than {MAX_MARKS}", at)
                 marks.append(stack)
                 stack = []
             elif op == 0x74:  # TUPLE
@@ -145,7 +112,7 @@ class _Machine:
                 at += 4
             elif op == 0x94:  # MEMOIZE
                 if len(memo) > MAX_MEMO:
-                    raise _bad(f"the pickle remembers more than {MAX_MEMO:,} things", at)
+                    raise malformed(f"the pickle remembers more than {MAX_MEMO:,} things", at)
                 memo[len(memo)] = stack[-1]
             elif op == 0x8C:  # SHORT_BINUNICODE
                 stack.append(self.text(at + 1, raw[at]))
@@ -186,7 +153,7 @@ class _Machine:
             elif op == 0x8A:  # LONG1
                 size = raw[at]
                 if size > MAX_INTEGER_BYTES:
-                    raise _bad(f"an integer of {size} bytes", at)
+                    raise malformed(f"an integer of {size} bytes", at)
                 stack.append(int.from_bytes(self.bytes(at + 1, size), "little", signed=True))
                 at += 1 + size
             elif op == 0x62:  # BUILD
@@ -215,7 +182,7 @@ class _Machine:
                 at += 8
             elif op == 0x80:  # PROTO
                 if raw[at] > 5:
-                    raise _bad(f"pickle protocol {raw[at]}", at)
+                    raise malformed(f"pickle protocol {raw[at]}", at)
                 at += 1
             elif op == 0x8F:  # EMPTY_SET; kept as a list: nothing of a file is ever hashed but plain keys
                 stack.append([])
@@ -237,23 +204,23 @@ class _Machine:
                 stack.append(stack[-1])
             elif op == 0x2E:  # STOP
                 if marks or len(stack) != 1:
-                    raise _bad("the pickle ends with something left over", at - 1)
+                    raise malformed("the pickle ends with something left over", at - 1)
                 return stack[0], at
             else:
-                raise _bad(f"opcode 0x{op:02x} is none that an honest checkpoint needs", at - 1)
-        raise _bad(f"the pickle has more than {MAX_STEPS:,} steps")
+                raise malformed(f"opcode 0x{op:02x} is none that an honest checkpoint needs", at - 1)
+        raise malformed(f"the pickle has more than {MAX_STEPS:,} steps")
 
     def unmark(self, marks: list[list[Any]]) -> list[Any]:
         if not marks:
-            raise _bad("a mark is missing", self.at)
+            raise malformed("a mark is missing", self.at)
         return marks.pop()
 
     def bytes(self, at: int, size: int) -> bytes:
         if size > MAX_TEXT:
-            raise _bad(f"a text of {size:,} bytes; at most {MAX_TEXT:,} are read", at)
+            raise malformed(f"a text of {size:,} bytes; at most {MAX_TEXT:,} are read", at)
         found = self.raw[at : at + size]
         if len(found) != size:
-            raise _bad("the pickle ends early", at)
+            raise malformed("the pickle ends early", at)
         return found
 
     def text(self, at: int, size: int) -> str:
@@ -265,7 +232,7 @@ class _Machine:
         if found is not None:
             return found
         if type(module) is not str or type(name) is not str or not module or not name or len(module) + len(name) > 1000:
-            raise _bad("a global without a proper name", self.at)
+            raise malformed("a global without a proper name", self.at)
         reason = refused_reason(module, name)
         if reason:
             raise Refusal(
@@ -279,22 +246,22 @@ class _Machine:
         if isinstance(target, Foreign):
             return  # the entries of an object that is never built
         if not isinstance(target, dict):
-            raise _bad(f"entries are set on a {type(target).__name__}", self.at)
+            raise malformed(f"entries are set on a {type(target).__name__}", self.at)
         if len(items) % 2:
-            raise _bad("a key without a value", self.at)
+            raise malformed("a key without a value", self.at)
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int, float, bool, bytes, type(None)):
                 # Hashing nested tuples can take for ever; such keys stand in tables that are no tensors, and are kept under a text.
                 key = f"<{type(key).__name__} {len(target)}>"  # noqa: PLW2901
             if key in target:
-                raise _bad(f"the key {printable(key)!r} stands twice", self.at, code="CK306")
+                raise malformed(f"the key {printable(key)!r} stands twice", self.at, code="CK306")
             target[key] = value
 
     def extend(self, target: Any, items: list[Any]) -> None:
         if isinstance(target, Foreign):
             return
         if not isinstance(target, list):
-            raise _bad(f"items are appended to a {type(target).__name__}", self.at)
+            raise malformed(f"items are appended to a {type(target).__name__}", self.at)
         target.extend(items)
 
     def build(self, target: Any, state: Any) -> None:
@@ -304,23 +271,23 @@ class _Machine:
             target.metadata = state.get("_metadata")
         else:
             kind = "tensor" if isinstance(target, (Placed, Unsupported)) else type(target).__name__
-            raise _bad(f"the file sets attributes on a {kind}", self.at)
+            raise malformed(f"the file sets attributes on a {kind}", self.at)
 
     def new(self, kind: Any, arguments: Any) -> Any:
         if not isinstance(kind, Global) or not isinstance(arguments, tuple):
-            raise _bad("an object of something that is no class", self.at)
-        if kind.name in _DICTS:
+            raise malformed("an object of something that is no class", self.at)
+        if kind.name in DICTS:
             return Ordered()
         return Foreign(kind.name, arguments=arguments)
 
     def reduce(self, function: Any, arguments: Any) -> Any:
         if not isinstance(arguments, tuple):
-            raise _bad("a call without arguments", self.at)
+            raise malformed("a call without arguments", self.at)
         if not isinstance(function, Global):
             if isinstance(function, Foreign):
                 return Foreign(f"{function.name}()", arguments=arguments)
-            raise _bad(f"a call of a {type(function).__name__}", self.at)
-        known = _KNOWN.get(function.name)
+            raise malformed(f"a call of a {type(function).__name__}", self.at)
+        known = KNOWN.get(function.name)
         return known(arguments) if known is not None else Foreign(function.name, arguments=arguments)
 
     def persistent(self, reference: Any) -> Any:
@@ -332,148 +299,8 @@ class _Machine:
             or reference[0] != "storage"
             or not isinstance(reference[1], Global)
         ):
-            raise _bad("a reference that is no storage", self.at)
+            raise malformed("a reference that is no storage", self.at)
         _, kind, key, _, count = reference[:5]
         if type(count) is not int or not 0 <= count <= MAX_ELEMENTS or type(key) not in (str, int):
-            raise _bad("a storage with an impossible size or key", self.at, code="CK305")
+            raise malformed("a storage with an impossible size or key", self.at, code="CK305")
         return self.resolve(kind.name.rsplit(".", 1)[-1], str(key), count, reference[5] if len(reference) == 6 else None)
-
-
-def storage_dtype(kind: str) -> tuple[DType | None, int, bool]:
-    """dtype (None: the tensor says it), bytes of one element, and whether it is quantised, of a storage class."""
-    if kind in STORAGE_DTYPES:
-        return STORAGE_DTYPES[kind], STORAGE_DTYPES[kind].nbytes, False
-    if kind in QUANTISED_STORAGES:
-        return None, QUANTISED_STORAGES[kind], True
-    if kind == "UntypedStorage":
-        return None, 1, False
-    raise _bad(f"there is no storage class {printable(kind)!r}", code="CK305")
-
-
-def _sizes(value: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or any(type(size) is not int or not 0 <= size <= MAX_ELEMENTS for size in value):
-        raise _bad(f"a tensor whose {what} is no row of sizes", code="CK305", found=printable(value))
-    if len(value) > MAX_RANK:
-        raise _bad(f"a tensor of rank {len(value)}; at most {MAX_RANK} are read", code="CK305")
-    return tuple(value)
-
-
-def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | Unsupported:
-    """``_rebuild_tensor``, ``_v2`` and ``_v3``: storage, offset, size, stride, and whether it wants gradients."""
-    reference, offset, size, stride = arguments[:4]
-    if not isinstance(reference, StorageRef) or type(offset) is not int or not 0 <= offset <= MAX_ELEMENTS:
-        raise _bad("a tensor without a storage or with an impossible offset", code="CK305")
-    shape, strides = _sizes(size, "shape"), _sizes(stride, "strides")
-    if len(shape) != len(strides):
-        raise _bad("a tensor with more sizes than strides, or fewer", code="CK305", found=f"{list(shape)} and {list(strides)}")
-    if reference.quantised:
-        return Unsupported("quantized")
-    dtype = dtype or reference.dtype
-    if dtype is None:
-        raise _bad("a tensor without a dtype", code="CK305")
-    spec = TensorSpec(shape, dtype)
-    available = reference.nbytes // dtype.nbytes
-    needed = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if 0 not in shape else offset
-    if needed > available:
-        raise _bad("a tensor reaches past the end of its storage", code="CK305", found=f"{needed:,} elements needed, {available:,} stored")
-    if prod(n or 1 for n in shape) > MAX_ELEMENTS or (spec.numel > MAX_REPEAT * max(available, 1) and spec.nbytes > MAX_EXPANDED):
-        raise _bad("a tensor repeats its elements beyond measure", code="CK305", found=f"{spec}, {available:,} elements stored")
-    if 0 in shape:
-        strides = contiguous_strides(shape)
-    return Placed(spec, reference.storage, offset * dtype.nbytes, strides, bool(arguments[4]) if len(arguments) > 4 else False)
-
-
-def _tensor_v3(arguments: tuple[Any, ...]) -> Placed | Unsupported:
-    named = arguments[6] if len(arguments) > 6 else None
-    if not isinstance(named, Global) or named.name not in TORCH_DTYPES:
-        return Unsupported(f"dtype {named.name}" if isinstance(named, Global) else "unknown dtype")
-    return _tensor(arguments, TORCH_DTYPES[named.name])
-
-
-def _inner(arguments: tuple[Any, ...]) -> Any:
-    """``_rebuild_parameter(data, requires_grad, hooks)``: the tensor, whatever hooks come with it."""
-    return arguments[0] if arguments and isinstance(arguments[0], (Placed, Unsupported)) else Unsupported("parameter of unknown data")
-
-
-def _from_type(arguments: tuple[Any, ...]) -> Any:
-    """``_rebuild_from_type_v2(function, type, arguments, state)``: the plain tensor of a Parameter; other subclasses are only named."""
-    if len(arguments) != 4 or not all(isinstance(item, Global) for item in arguments[:2]) or not isinstance(arguments[2], tuple):
-        raise _bad("a tensor subclass that is rebuilt by something unknown", code="CK305")
-    function, kind = arguments[0].name, arguments[1].name
-    rebuild = _KNOWN.get(function)
-    if rebuild is None or function not in _TENSORS:
-        raise Refusal(f"a tensor subclass is to be rebuilt by {printable(function)}", code="CK303", try_="ask the author for plain tensors")
-    made = rebuild(arguments[2])
-    return (
-        made
-        if kind in ("torch.nn.parameter.Parameter", "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer")
-        else Unsupported(kind)
-    )
-
-
-def _encode(arguments: tuple[Any, ...]) -> bytes:
-    if len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] not in ("latin1", "latin-1", "utf-8"):
-        raise _bad("bytes in an unknown encoding")
-    return arguments[0].encode(arguments[1])
-
-
-def _reconstructed(arguments: tuple[Any, ...]) -> Foreign:
-    if not arguments or not isinstance(arguments[0], Global):
-        raise _bad("an object of something that is no class")
-    return Foreign(arguments[0].name, arguments=arguments[1:])
-
-
-def _mapping(arguments: tuple[Any, ...]) -> Ordered:
-    found = Ordered()
-    if arguments and isinstance(arguments[-1], dict):
-        found.update(arguments[-1])
-    elif len(arguments) == 1 and isinstance(arguments[0], list):  # Python 2 wrote the pairs
-        for pair in arguments[0]:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or type(pair[0]) not in (str, int) or pair[0] in found:
-                raise _bad("an ordered dict of something that is no pairs")
-            found[pair[0]] = pair[1]
-    return found
-
-
-def _unsupported(kind: str) -> Callable[[tuple[Any, ...]], Unsupported]:
-    return lambda _arguments: Unsupported(kind)
-
-
-def _plain_list(arguments: tuple[Any, ...]) -> list[Any]:
-    return list(arguments[0]) if arguments and isinstance(arguments[0], (list, tuple)) else []
-
-
-def _size(arguments: tuple[Any, ...]) -> tuple[int, ...]:
-    return _sizes(arguments[0] if arguments else (), "size")
-
-
-_DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
-_TENSORS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": _inner,
-    "torch._utils._rebuild_parameter_with_state": _inner,
-    "torch._utils._rebuild_qtensor": _unsupported("quantized"),
-    "torch._utils._rebuild_sparse_tensor": _unsupported("sparse"),
-    "torch._utils._rebuild_sparse_csr_tensor": _unsupported("sparse"),
-    "torch._utils._rebuild_nested_tensor": _unsupported("nested"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _unsupported("meta"),
-    "torch._utils._rebuild_wrapper_subclass": _unsupported("tensor subclass"),
-    "torch._utils._rebuild_device_tensor_from_numpy": _unsupported("device tensor"),
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _unsupported("device tensor"),
-}
-_KNOWN: dict[str, Callable[[tuple[Any, ...]], Any]] = {
-    **_TENSORS,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
-    "torch.nn.parameter.Parameter": _inner,
-    "torch.nn.parameter.Buffer": _inner,
-    "torch.Size": _size,
-    "torch.distributed.tensor._api.DTensor": _unsupported("DTensor"),
-    "_codecs.encode": _encode,
-    "copyreg._reconstructor": _reconstructed,
-    "copy_reg._reconstructor": _reconstructed,
-    "copyreg.__newobj__": _reconstructed,
-    **dict.fromkeys(_DICTS, _mapping),
-    **{f"{builtins}.{name}": _plain_list for builtins in ("builtins", "__builtin__") for name in ("set", "frozenset", "list")},
-}

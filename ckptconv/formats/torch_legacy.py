@@ -11,7 +11,8 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Contents, Storage
 from ckptconv.formats.containers import contents_from_tree
-from ckptconv.formats.pickle_machine import StorageRef, run, storage_dtype
+from ckptconv.formats.pickle_machine import run
+from ckptconv.formats.rebuilding import StorageRef, storage_dtype
 from ckptconv.formats.strict import opened, read_at
 
 MAGIC = 0x1950A86A20F9469CFC6C

@@ -17,7 +17,8 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Contents, Storage
 from ckptconv.formats.containers import contents_from_tree
-from ckptconv.formats.pickle_machine import StorageRef, run, storage_dtype
+from ckptconv.formats.pickle_machine import run
+from ckptconv.formats.rebuilding import StorageRef, storage_dtype
 from ckptconv.formats.strict import opened, parse_json, read_at
 
 MAX_RECORDS = 2_000_000

@@ -20,7 +20,7 @@ from ckptconv.plan import Dropped, Expr, Origin
 from ckptconv.ruleset import expressions
 from ckptconv.ruleset.expressions import Absent, Lookup
 from ckptconv.ruleset.patterns import Capture, Pattern, PatternSet, Template
-from ckptconv.spec import DType, TensorSpec
+from ckptconv.spec import DType
 
 MAX_RESULTS = 2_000_000
 
@@ -332,11 +332,3 @@ def integer(node: expressions.Node, lookup: Lookup, what: str, minimum: int | No
     if minimum is not None and value < minimum:
         raise Refusal(f"{what} must be at least {minimum}", code="CK104", found=str(value))
     return int(value)
-
-
-Build = Callable[[Expr, Lookup], Expr]
-
-
-def spec_of(entry: Entry) -> TensorSpec:
-    """Shape and dtype of what an entry stands for now."""
-    return entry.expr.spec
