@@ -18,7 +18,7 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """The names of all built-in rules, sorted."""
-    return sorted(path.stem for path in folder().rglob("*.yaml") if not path.name.endswith(".test.yaml"))
+    return sorted(path.stem for path in folder().glob("*.yaml") if not path.name.endswith(".test.yaml"))
 
 
 def find(word: str) -> RuleFile:
@@ -34,7 +34,7 @@ def find(word: str) -> RuleFile:
             raise UsageError(Problem("CK105", "there is no such rule file", where=printable(word), try_=hint))
         return load(path, shown=word)
     name, at, revision = word.partition("@")
-    found = next((path for path in sorted(folder().rglob("*.yaml")) if path.stem == name), None)
+    found = next((path for path in sorted(folder().glob("*.yaml")) if path.stem == name), None)
     if found is None:
         close = nearest(name, names())
         hint = f"did you mean {close!r}?" if close else "ckptconv rules list, or the path of a rule file"

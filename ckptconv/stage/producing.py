@@ -56,7 +56,14 @@ class Produced:
 def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
     """File or folder, torch or safetensors: from the options, the destination's name, or the source, in this order."""
     suffix_format = FORMAT_OF_SUFFIX.get(destination.suffix)
-    is_folder = destination.is_dir() or suffix_format is None
+    # A folder's name may have dots in it (llama-3.1-8b); a file's suffix that says nothing is rather a slip.
+    nameless = suffix_format is None and bool(destination.suffix) and not destination.is_dir() and not prepared.source.path.is_dir()
+    if nameless and options.format is None:
+        raise UsageError(
+            Problem("CK107", f"{printable(destination.suffix)} says no format", where=printable(destination),
+                    try_="--format torch or safetensors for a file of this name, or a folder that is there")
+        )  # fmt: skip
+    is_folder = destination.is_dir() or (suffix_format is None and not nameless)
     if options.format is not None and options.format not in formats.WRITERS:
         raise UsageError(Problem("CK107", f"there is no output format {printable(options.format)!r}", try_=", ".join(formats.WRITERS)))
     if options.shard_size is not None and not is_folder:

@@ -57,6 +57,14 @@ def test_a_sharded_folder_becomes_one_file_and_back(model, cli):
     assert cli("diff", one, model).code == 1
 
 
+def test_where_the_output_goes_is_told_by_its_name(tmp_path, cli):
+    torch.save({"module.a": torch.ones(2)}, tmp_path / "in.pth")
+    assert cli("run", "dataparallel", tmp_path / "in.pth", tmp_path / "folder").code == 0
+    assert list(torch.load(tmp_path / "folder" / "pytorch_model.bin")) == ["a"]
+    assert cli("run", "dataparallel", tmp_path / "in.pth", tmp_path / "file.xyz", "--format", "safetensors").code == 0
+    assert list(load_file(tmp_path / "file.xyz")) == ["a"]
+
+
 def test_ties_are_kept_in_pth_and_recorded_in_safetensors(tmp_path, cli):
     weight = torch.randn(5, 2)
     torch.save({"module.embed.weight": weight, "module.head.weight": weight}, tmp_path / "in.pth")

@@ -264,3 +264,21 @@ def test_a_check_looks_at_values_too(folder, cli):
     result = cli("run", rules, "in.pth", "out.pth", cwd=folder)
     assert result.code == 4
     assert "1 of 2 values are not finite" in result.err
+
+
+def test_variables_come_from_the_command_line_and_from_the_config_beside_the_source(folder, cli):
+    torch.save({"qkv": torch.arange(12.0).view(6, 2)}, folder / "in.pth")
+    rules = write_rules(
+        folder, "  - split: {from: qkv, to: [q, k, v], sizes: [H * 2, G, G]}", more="vars: {H: config.heads, G: 'first(config.groups, 1)'}\n"
+    )
+    missing = cli("run", rules, "in.pth", "out.pth", cwd=folder)
+    assert missing.code == 2
+    assert "there is no config.json beside the source; name one with --config FILE" in missing.err
+    (folder / "config.json").write_text('{"heads": 2}')
+    assert cli("run", rules, "in.pth", "out.pth", cwd=folder).code == 0
+    assert [len(value) for value in torch.load(folder / "out.pth").values()] == [4, 1, 1]
+    assert cli("run", rules, "in.pth", "out.pth", "--set", "H=1", "--set", "G=2", "--force", cwd=folder).code == 0
+    assert [len(value) for value in torch.load(folder / "out.pth").values()] == [2, 2, 2]
+    (folder / "other.json").write_text('{"heads": 1, "groups": 2}')
+    assert cli("run", rules, "in.pth", "out.pth", "--config", "other.json", "--force", cwd=folder).code == 0
+    assert [len(value) for value in torch.load(folder / "out.pth").values()] == [2, 2, 2]
