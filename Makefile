@@ -40,6 +40,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/ckptconv check --quiet rules
+	$(BIN)/ckptconv test --quiet rules
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from ckptconv import formats, target
+from ckptconv import formats, ruletests, target
 from ckptconv.compare import compare, explain_missing_initial
 from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, printable
 from ckptconv.layout import renamed_versions
@@ -20,6 +20,7 @@ from ckptconv.plan import Read
 from ckptconv.planner import make_plan
 from ckptconv.report.changes import Change, changes
 from ckptconv.report.model import Candidate, Difference, Inspection, RunReport, difference
+from ckptconv.ruleset import builtin
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.stage.opening import choose, contents_of, manifest_of_word, open_source, rule_file, variables
@@ -231,6 +232,19 @@ def check(rules: Sequence[str | Path]) -> list[tuple[str, tuple[Problem, ...]]]:
             found.append((str(word), error.problems))
         else:
             found.append((str(word), ()))
+    return found
+
+
+def rule_tests(rules: Sequence[str | Path] | None = None) -> list[tuple[str, int, tuple[Problem, ...]]]:
+    """Runs the tests that rule files carry, of all built-in rules where none is named: (file, number of tests, failures) for each."""
+    found: list[tuple[str, int, tuple[Problem, ...]]] = []
+    for word in rules if rules is not None else builtin.names():
+        try:
+            parsed = rule_file(word)
+        except CkptconvError as error:
+            found.append((str(word), 0, error.problems))
+        else:
+            found.append((str(word), len(parsed.header.tests), tuple(ruletests.problems(parsed))))
     return found
 
 

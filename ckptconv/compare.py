@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ckptconv.errors import Problem, printable
 from ckptconv.names import Template, collapse, nearest
-from ckptconv.spec import Manifest, TensorSpec, widens
+from ckptconv.spec import DType, Manifest, TensorSpec, widens
 
 MAX_LINES = 12
+MAX_POOL = 200
+_SAMPLES = 8
+#: Built-in rules that strip a wrapper's prefix.
+_PREFIX_RULES = {
+    "module.": "dataparallel",
+    "_orig_mod.": "torch-compile",
+    "_orig_mod.module.": "wrapper-stack",
+    "module._orig_mod.": "wrapper-stack",
+}
 Predicate = Callable[[str], bool]
 
 
@@ -40,13 +49,16 @@ class Comparison:
     dtypes: tuple[tuple[str, TensorSpec, TensorSpec], ...]  #: name, found, wanted; only those that would lose values
     widened: tuple[tuple[str, TensorSpec, TensorSpec], ...]  #: name, found, wanted; loading copies up
     tied: tuple[tuple[str, str], ...]  #: a wanted name that is not there, and the name that it is tied to and that is
+    #: one tensor in the target, and specs in the result that cannot be one: the names, with their dtypes
+    broken_ties: tuple[tuple[tuple[str, DType], ...], ...]
+    apart: tuple[tuple[str, ...], ...]  #: one tensor in the target, several in the result; their values have to be equal
     allowed_missing: tuple[str, ...]
     allowed_unexpected: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
         """True when nothing differs but what is allowed."""
-        return not (self.missing or self.unexpected or self.shapes or self.dtypes)
+        return not (self.missing or self.unexpected or self.shapes or self.dtypes or self.broken_ties)
 
     @cached_property
     def coverage(self) -> float:
@@ -60,68 +72,84 @@ class Comparison:
     def notes(self) -> tuple[str, ...]:
         """Sentences on what is no fault, but good to know."""
         notes = [
-            f"{_few(collapse([name for name, _, _ in group]))}: {found.dtype} in the file, {wanted.dtype} in the model; loading copies up"
+            f"{_few_names([name for name, _, _ in group])}: {found.dtype} in the file, {wanted.dtype} in the model; loading copies up"
             for (found, wanted), group in _by_dtype(self.widened).items()
         ]
         notes += [f"{printable(name)} is an alias of {printable(first)} in the target, and comes with it" for name, first in self.tied]
+        notes += [
+            f"{_few_names(group)}: one tensor in the target, several in the file; their values have to be equal" for group in self.apart
+        ]
         if self.allowed_unexpected:
-            notes.append(f"allowed though unexpected: {_few(collapse(self.allowed_unexpected))}")
-        return tuple(notes)
+            notes.append(f"allowed though unexpected: {_few_names(self.allowed_unexpected)}")
+        return tuple(notes) + tuple(printable(note) for note in self.wanted.notes)
 
     def problems(self) -> list[Problem]:
         """Every difference, names as templates, a bounded number of lines for each kind."""
-        hint = self._prefix_hint()
-        problems = self._named("CK401", "the target needs {}, which the result does not have", self.missing, hint)
-        problems += self._named("CK402", "the result has {}, which the target does not know", self.unexpected, hint)
-        for at, (name, found, wanted) in enumerate(self.shapes):
-            if at == MAX_LINES:
-                problems.append(Problem("CK403", f"and {len(self.shapes) - MAX_LINES} more tensors have other shapes"))
-                break
-            problems.append(
-                Problem("CK403", f"size mismatch for {printable(name)}: {list(found.shape)} in the checkpoint, {list(wanted.shape)} in the target",
-                        try_=_shape_hint(name, found, wanted))
-            )  # fmt: skip
+        problems = self._named("CK401", "the target needs {}, which the result does not have", self.missing, self.unexpected)
+        problems += self._named("CK402", "the result has {}, which the target does not know", self.unexpected, self.missing)
+        if self._prefix_hint and problems:  # said once: it explains all of them
+            problems[0] = replace(problems[0], try_=self._prefix_hint)
+        problems += self._shape_problems()
         for (found, wanted), group in list(_by_dtype(self.dtypes).items())[:MAX_LINES]:
-            names = _few(collapse([name for name, _, _ in group]))
+            names = _few_names([name for name, _, _ in group])
             problems.append(
                 Problem("CK404", f"{names}: {found.dtype} in the checkpoint would lose values in the target's {wanted.dtype}",
                         try_=f"- cast: {{keys: …, dtype: {wanted.dtype}}} in the rule file")
             )  # fmt: skip
+        for tied in self.broken_ties[:MAX_LINES]:
+            held = ", ".join(f"{printable(name)} {dtype}" for name, dtype in tied)
+            problems.append(Problem("CK405", f"one tensor in the target, and two dtypes in the checkpoint: {held}",
+                                    try_=f"drop all but {printable(tied[0][0])}: the target ties the others to it"))  # fmt: skip
+        if len(self.broken_ties) > MAX_LINES:
+            problems.append(Problem("CK405", f"and {len(self.broken_ties) - MAX_LINES:,} more ties are broken"))
         return problems
 
-    def _named(self, code: str, sentence: str, names: Sequence[str], hint: str) -> list[Problem]:
+    def _shape_problems(self) -> list[Problem]:
+        groups: dict[tuple[TensorSpec, TensorSpec], list[str]] = {}
+        for name, found, wanted in self.shapes:
+            groups.setdefault((TensorSpec(found.shape, wanted.dtype), wanted), []).append(name)
+        lines = [(template, *specs) for specs, names in groups.items() for template in collapse(names)]
+        problems = [
+            Problem("CK403", f"size mismatch for {printable(template)}: {list(found.shape)} in the checkpoint, {list(wanted.shape)} in the target",
+                    try_=_shape_hint(template.text, found, wanted))
+            for template, found, wanted in lines[:MAX_LINES]
+        ]  # fmt: skip
+        rest = sum(len(template.names) for template, _, _ in lines[MAX_LINES:])
+        return problems + ([Problem("CK403", f"and {rest:,} more tensors have other shapes")] if rest else [])
+
+    def _named(self, code: str, sentence: str, names: Sequence[str], others: Sequence[str]) -> list[Problem]:
         templates = collapse(names)
+        by_leaf: dict[str, list[str]] = {}
+        for other in others:
+            by_leaf.setdefault(other.rpartition(".")[2], []).append(other)
         problems = []
         for template in templates[:MAX_LINES]:
-            try_ = hint
-            if not try_ and len(template.names) == 1:
-                close = nearest(template.names[0], self.unexpected if code == "CK401" else self.missing)
-                try_ = f"is it {printable(close)!r} under another name?" if close else ""
+            close = None
+            if len(template.names) == 1 and not self._prefix_hint:
+                # Comparing letters is slow: with names that end alike first, and never with a whole large model.
+                pool = by_leaf.get(template.text.rpartition(".")[2]) or others
+                close = nearest(template.text, pool[:MAX_POOL])
+            try_ = f"is it {printable(close)!r} under another name?" if close else ""
             problems.append(Problem(code, sentence.format(printable(template)), try_=try_))
         if len(templates) > MAX_LINES:
             rest = sum(len(template.names) for template in templates[MAX_LINES:])
-            problems.append(Problem(code, f"and {rest} more, in {len(templates) - MAX_LINES} templates"))
+            problems.append(Problem(code, f"and {rest:,} more, in {len(templates) - MAX_LINES:,} templates"))
         return problems
 
+    @cached_property
     def _prefix_hint(self) -> str:
-        """The one prefix by which all of the found names, or all of the wanted, differ from the other side."""
-        if not self.missing or not self.unexpected:
-            return ""
-        for longer, shorter, words in (
-            (
-                self.unexpected,
-                self.missing,
-                ("every key carries the prefix {!r}: strip_prefix, or one of the built-in wrapper rules (ckptconv rules list)"),
-            ),
-            (self.missing, self.unexpected, ("the target's keys all start with {!r}: add_prefix")),
-        ):
-            first = next((name for name in longer if any(name.endswith("." + other) for other in shorter[:1])), None)
-            if first is None:
-                continue
-            prefix = first[: len(first) - len(shorter[0])]
-            if sum(prefix + name in set(longer) for name in shorter) * 2 > len(shorter):
-                return words.format(printable(prefix))
-        return ""
+        """The one prefix by which most of the missing names are among the unexpected, or the other way round."""
+        prefix = _prefix(self.unexpected, self.missing)
+        if prefix:
+            carried, shown = sum(name.startswith(prefix) for name in self.found), printable(prefix)
+            if carried < len(self.found):
+                step = f"- strip_prefix: {{prefix: {shown}, where: some}}"
+                return f"{carried:,} of {len(self.found):,} keys carry the prefix {shown!r}: a rule file with `{step}`"
+            rule = _PREFIX_RULES.get(prefix)
+            ready = f"ckptconv run {rule} …" if rule else f"a rule file with `- strip_prefix: {shown}`"
+            return f"every key carries the prefix {shown!r}: {ready}"
+        prefix = _prefix(self.missing, self.unexpected)
+        return f"the target's keys start with {printable(prefix)!r}: a rule file with `- add_prefix: {printable(prefix)}`" if prefix else ""
 
 
 def compare(found: Manifest, wanted: Manifest, allow: Allow | None = None) -> Comparison:
@@ -164,10 +192,39 @@ def compare(found: Manifest, wanted: Manifest, allow: Allow | None = None) -> Co
             shapes.append((name, spec, want))
         if spec.dtype != want.dtype and not allow.dtype(name):
             (widened if widens(spec.dtype, want.dtype) else dtypes).append((name, spec, want))
+    broken, apart = _ties(found, wanted)
     return Comparison(
-        found, wanted, tuple(missing), tuple(unexpected), tuple(shapes), tuple(dtypes), tuple(widened), tuple(tied), tuple(allowed_missing),
-        tuple(allowed_unexpected),
+        found, wanted, tuple(missing), tuple(unexpected), tuple(shapes), tuple(dtypes), tuple(widened), tuple(tied), broken, apart,
+        tuple(allowed_missing), tuple(allowed_unexpected),
     )  # fmt: skip
+
+
+def _ties(found: Manifest, wanted: Manifest) -> tuple[tuple[tuple[tuple[str, DType], ...], ...], tuple[tuple[str, ...], ...]]:
+    """Ties of ``wanted`` that ``found`` cannot hold, and those that it holds as several tensors."""
+    broken, apart = [], []
+    aliases = found.aliases
+    for group in wanted.ties:
+        there = tuple(name for name in group if name in found)
+        dtypes = tuple((name, found[name].dtype) for name in there)
+        if len({dtype for _, dtype in dtypes}) > 1:
+            broken.append(dtypes)
+        elif len({aliases.get(name, name) for name in there}) > 1:
+            apart.append(there)
+    return tuple(broken), tuple(apart)
+
+
+def _prefix(longer: Sequence[str], shorter: Sequence[str]) -> str:
+    """The prefix that turns more than half of ``shorter`` into names of ``longer``; empty text where there is none."""
+    there = frozenset(longer)
+    tried: set[str] = set()
+    for name in shorter[:_SAMPLES]:
+        ending = f".{name}"
+        for prefix in (other[: -len(name)] for other in longer if other.endswith(ending)):
+            if prefix not in tried and len(tried) < _SAMPLES:
+                tried.add(prefix)
+                if sum(prefix + each in there for each in shorter) * 2 > len(shorter):
+                    return prefix
+    return ""
 
 
 def explain_missing_initial(comparison: Comparison, wanted: Manifest) -> str:
@@ -175,11 +232,12 @@ def explain_missing_initial(comparison: Comparison, wanted: Manifest) -> str:
     names = comparison.allowed_missing
     if not names:
         return ""
-    elements, total = sum(wanted[name].numel for name in names), wanted.numel
+    stored = wanted.stored
+    elements, total = sum(stored[name].numel for name in names if name in stored), wanted.numel
     share = f"{elements / total:.1%} of the model" if total else "all of the model"
     what = "parameter" if len(names) == 1 else "parameters"
     stay = "stays at its initial value" if len(names) == 1 else "stay at their initial values"
-    return f"{len(names):,} {what} ({elements:,} elements, {share}) {stay}: {_few(collapse(names))}"
+    return f"{len(names):,} {what} ({elements:,} elements, {share}) {stay}: {_few_names(names)}"
 
 
 def _by_dtype(
@@ -190,6 +248,10 @@ def _by_dtype(
         key = (TensorSpec((), item[1].dtype), TensorSpec((), item[2].dtype))
         groups.setdefault(key, []).append(item)
     return groups
+
+
+def _few_names(names: Sequence[str]) -> str:
+    return _few(collapse(names))
 
 
 def _few(templates: Sequence[Template], most: int = 4) -> str:

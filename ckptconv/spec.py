@@ -190,6 +190,8 @@ class Manifest:
     ties: tuple[tuple[str, ...], ...] = ()
     #: Names that ``state_dict`` holds but the optimizer does not train (running statistics and the like); only targets know them.
     buffers: frozenset[str] = field(default=frozenset(), compare=False)
+    #: What a reader should know and the names do not tell (an extra state that is no tensor, say); only targets have them.
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))

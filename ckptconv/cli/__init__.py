@@ -277,6 +277,22 @@ def check(rules: tuple[str, ...], as_json: bool, quiet: bool, verbose: int) -> i
         return 1 if any(problems for _, problems in found) else 0
 
 
+@cli.command(
+    context_settings=CONTEXT, epilog=_examples("ckptconv test rules/", "ckptconv test rules/mine.yaml", "ckptconv test dataparallel")
+)
+@click.argument("rules", metavar="[RULES]...", nargs=-1, type=_Rules())
+@_TALK
+def test(rules: tuple[str, ...], as_json: bool, quiet: bool, verbose: int) -> int:
+    """Run the tests that rule files carry (all built-in rules, where none is named). Names and shapes only: no weights, no torch."""
+    out = Output(as_json, quiet, verbose)
+    with guarded(out):
+        from ckptconv import api
+
+        found = api.rule_tests([*_expanded(rules)] if rules else None)
+        out.tested(found)
+        return 1 if any(problems for _, _, problems in found) else 0
+
+
 def _expanded(words: Iterable[str]) -> Iterable[str]:
     for word in words:
         folder = Path(word)

@@ -77,6 +77,23 @@ class Output:
             if not problems and not self.quiet:
                 click.echo(f"{printable(word)}: right")
 
+    def tested(self, found: Sequence[tuple[str, int, tuple[Problem, ...]]]) -> None:
+        if self.as_json:
+            self.json(
+                [
+                    {"rules": word, "tests": count, "problems": [problem.to_json() for problem in problems]}
+                    for word, count, problems in found
+                ]
+            )
+            return
+        from ckptconv.errors import printable
+        from ckptconv.report.text import print_problems
+
+        for word, count, problems in found:
+            print_problems(problems, self.errors)
+            if not self.quiet and (self.verbose or not problems):
+                click.echo(f"{printable(word)}: {count} tests, {'all pass' if not problems else f'{len(problems)} fail'}")
+
     def rules(self, found: Sequence[RuleFile]) -> None:
         if self.as_json:
             self.json([{"name": each.header.name, "revision": each.header.revision, "summary": each.header.summary} for each in found])

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _TAIL = 1500
 
 
 def manifest_of(target: Target, *, timeout: float = 300.0) -> Manifest:
-    """Names, shapes, dtypes, ties and buffers of what the checkpoint must load into.
+    """Names, shapes, dtypes, ties and buffers of what the checkpoint must load into, with notes on what they do not tell.
 
     Raises :class:`~ckptconv.errors.FitError` CK406 where the target cannot be built, with the reason.
     """
@@ -37,12 +38,15 @@ def manifest_of(target: Target, *, timeout: float = 300.0) -> Manifest:
             contents = formats.read(target.path)
         except Refusal as refusal:
             raise InputError(refusal.at(printable(target.text))) from None
+        except OSError as error:
+            what = f"the target cannot be opened: {error.strerror or error}"
+            raise InputError(Problem("CK310", what, where=printable(target.text))) from None
         if len(contents.containers) != 1 and "." not in contents.containers:
             listed = ", ".join(map(printable, contents.containers)) or "none"
             raise InputError(Problem("CK309", "the target file must hold one state_dict", where=printable(target.text), found=listed))
         return contents.containers["." if "." in contents.containers else next(iter(contents.containers))].manifest
     answer = _ask(target, {"what": "manifest"}, timeout)
-    return Manifest.from_json(answer["manifest"])
+    return replace(Manifest.from_json(answer["manifest"]), notes=tuple(answer["notes"]))
 
 
 def strict_load(
@@ -74,7 +78,6 @@ def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str
         "arguments": list(target.arguments), "working_folder": os.getcwd(),
     }  # fmt: skip
     answer_read, answer_write = os.pipe()
-    # -P keeps the working folder off the front of the path (3.11); before, starting a file by its path does: only its own folder is there.
     start = [sys.executable, "-c", _START, str(Path(__file__).parent.parent.parent)]
     with tempfile.TemporaryFile() as request_file:
         request_file.write(json.dumps(full).encode())
@@ -82,7 +85,7 @@ def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str
         try:
             child = subprocess.Popen(
                 [*start, str(request_file.fileno()), str(answer_write)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                pass_fds=(request_file.fileno(), answer_write), start_new_session=True,
+                pass_fds=(request_file.fileno(), answer_write), start_new_session=True, env=_environment(),
             )  # fmt: skip
         finally:
             os.close(answer_write)
@@ -102,7 +105,9 @@ def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str
         found = printable(tail.strip().splitlines()[-1]) if tail.strip() else ""
         code = child.returncode
         ended = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-        raise FitError(Problem("CK406", f"building the target ended {ended}, without an answer", where=where, found=found)) from None
+        hint = "memory may have run out" if code == -signal.SIGKILL else ""
+        what = f"building the target ended {ended}, without an answer"
+        raise FitError(Problem("CK406", what, where=where, found=found, try_=hint)) from None
     if "failed" in answer:
         raise FitError(Problem(answer["code"], printable(answer["failed"], 600), where=where, try_=printable(answer["try"], 300)))
     return dict(answer)
@@ -112,6 +117,13 @@ def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str
 _START = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append(sys.argv.pop(1)); from ckptconv.target.child import main; main()"
 )
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the working folder taken off PYTHONPATH: ``PYTHONPATH=:/lib`` names it too, and first."""
+    here = os.path.realpath(os.curdir)
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folder for folder in named if folder and os.path.realpath(folder) != here)}
 
 
 class _Tail:
@@ -138,12 +150,13 @@ def _collected(descriptor: int, child: subprocess.Popen[bytes], timeout: float) 
     """Everything that comes out of the pipe, or None when time is up."""
     parts: list[bytes] = []
     deadline, size = time.monotonic() + timeout, 0
+    poller = select.poll()  # select() knows no descriptor past 1023
+    poller.register(descriptor, select.POLLIN)
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
             return None
-        ready, _, _ = select.select([descriptor], [], [], min(left, 0.5))
-        if ready:
+        if poller.poll(min(left, 0.5) * 1000):
             part = os.read(descriptor, 1 << 16)
             if not part:
                 return b"".join(parts)
@@ -151,7 +164,7 @@ def _collected(descriptor: int, child: subprocess.Popen[bytes], timeout: float) 
             size += len(part)
             if size > MAX_ANSWER:
                 return b"".join(parts)
-        elif child.poll() is not None and not select.select([descriptor], [], [], 0)[0]:
+        elif child.poll() is not None and not poller.poll(0):
             # Dead, and nothing left to read: a grandchild may still hold the pipe open.
             return b"".join(parts)
 

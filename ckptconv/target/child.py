@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,15 +39,17 @@ def main() -> None:
         with os.fdopen(answer_fd, "wb") as stream:
             stream.write(json.dumps(data).encode())
 
-    # Modules lie where Python finds them, and last in the working folder: what lies there never shadows an installed library.
-    sys.path.append(request["working_folder"])
+    if request["kind"] == "py":
+        # The user's own model file lies here. Last on the path: what lies there never shadows an installed library.
+        sys.path.append(request["working_folder"])
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model's structure needs nothing from the network
     try:
         answer(_answer(request))
     except Unbuildable as reason:
         answer({"failed": reason.what, "try": reason.try_, "code": reason.code})
     except BaseException as error:
         if not answered:
-            what = f"it ended the process (exit code {error.code})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+            what = f"it ended the process (exit code {error.code})" if isinstance(error, SystemExit) else _said(error)
             answer({"failed": f"building the model failed: {what}", "try": "", "code": "CK406"})
     os._exit(0)  # threads or exit handlers of user code must not keep us
 
@@ -54,10 +57,15 @@ def main() -> None:
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     model, notes = _built(request)
     if request["what"] == "manifest":
-        return {"manifest": _manifest(model, notes), "notes": notes}
+        return {"manifest": _manifest(model, notes), "notes": notes}  # in this order: the manifest adds notes of its own
     from ckptconv.target.loading import load_into
 
-    state = _written(request)
+    try:
+        state = _written(request)
+    except Unbuildable:
+        raise
+    except Exception as error:
+        raise Unbuildable(f"the written files cannot be read: {_said(error)}", code="CK408") from None
     result = load_into(model, state, allow_missing=request["allow_missing"], allow_unexpected=request["allow_unexpected"], assign=True)
     return {
         "loaded": result.loaded, "error": result.error, "missing": list(result.missing), "unexpected": list(result.unexpected),
@@ -68,65 +76,65 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def _built(request: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
     import torch
 
-    from ckptconv.target.loading import tie
+    from ckptconv.target.loading import tie, to_meta
+    from ckptconv.target.torchvision_ops import with_torchvision
 
     factory = {"py": _py_factory, "timm": _timm_factory, "hf": _hf_factory}[request["kind"]](request)
     notes: list[str] = []
     try:
         with torch.device("meta"):
-            model = factory()
-    except Exception as error:
-        # Some constructors compute with their own weights, which meta tensors cannot do: built for real, then moved.
-        if not isinstance(error, (NotImplementedError, RuntimeError)):
-            raise
-        try:
-            model = factory()
-        except Exception:
-            raise error from None
-        model = model.to("meta") if isinstance(model, torch.nn.Module) else model
+            model = with_torchvision(factory)
+    except Exception:
+        # Some constructors compute with their own weights, which meta tensors cannot do: built for real, then moved. Where that fails too,
+        # its reason is the true one.
+        model = factory()
         notes.append("the model cannot be built on the meta device; it was built on the CPU")
     if not isinstance(model, torch.nn.Module):
         raise Unbuildable(f"the factory gives a {type(model).__name__}, not an nn.Module")
     tie(model)
+    if notes:
+        to_meta(model)
     return model, notes
 
 
 def _py_factory(request: Mapping[str, Any]) -> Any:
-    import importlib
+    import inspect
+
+    from ckptconv.target.torchvision_ops import import_with_torchvision
 
     module_name, _, attribute = request["name"].partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = import_with_torchvision(module_name)
     except ModuleNotFoundError as error:
-        if error.name is not None and module_name.split(".")[0] == error.name.split(".")[0]:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise Unbuildable(f"there is no module {module_name!r}", "the working folder and PYTHONPATH are searched") from None
         raise Unbuildable(f"importing {module_name} failed: {error}", f"pip install {error.name}" if error.name else "") from None
     except Exception as error:
-        raise Unbuildable(f"importing {module_name} failed: {type(error).__name__}: {error}") from None
+        raise Unbuildable(f"importing {module_name} failed: {_said(error)}") from None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise Unbuildable(
-                f"{module_name} has no {attribute!r}", f"it has {', '.join(name for name in vars(found) if not name.startswith('_'))[:200]}"
-            )
+            there = ", ".join(name for name in dir(found) if not name.startswith("_"))
+            raise Unbuildable(f"{module_name} has no {attribute!r}", f"it has {there[:200]}")
         found = getattr(found, part)
     if not callable(found):
         raise Unbuildable(
-            f"{module_name}:{attribute} is a {type(found).__name__}, not something to call",
+            f"{module_name}:{attribute} cannot be called: it is of type {type(found).__name__}",
             "name a function or a class that gives the model",
         )
+    arguments = dict(request["arguments"])
 
-    def build() -> Any:
-        try:
-            return found(**dict(request["arguments"]))
-        except TypeError as error:
-            if "argument" in str(error):
-                raise Unbuildable(
-                    f"{attribute}() cannot be called like this: {error}",
-                    f"py:{request['name']}?name=value, or a function without arguments",
-                ) from None
-            raise
-
-    return build
+    try:
+        signature = inspect.signature(found)
+    except ValueError:  # some built-in callables have none: calling them will tell
+        return lambda: found(**arguments)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise Unbuildable(
+            f"{attribute}{signature} cannot be called like this: {error}",
+            f"py:{request['name']}?name=value, or a function without arguments",
+        ) from None
+    return lambda: found(**arguments)
 
 
 def _timm_factory(request: Mapping[str, Any]) -> Any:
@@ -146,10 +154,9 @@ def _timm_factory(request: Mapping[str, Any]) -> Any:
 
 
 def _hf_factory(request: Mapping[str, Any]) -> Any:
-    folder, _, class_name = request["path"].partition("#")
+    folder, class_name = request["path"], dict(request["arguments"]).get("class", "")
     if not (Path(folder) / "config.json").is_file():
         raise Unbuildable(f"there is no config.json in {folder}", "hf:FOLDER wants the folder of a model")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from ckptconv.target.torchvision_ops import import_with_torchvision
 
     try:
@@ -159,14 +166,20 @@ def _hf_factory(request: Mapping[str, Any]) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise Unbuildable(f"transformers {transformers.__version__} cannot read this config: {error}") from None
+        raise Unbuildable(f"transformers {transformers.__version__} cannot read this config: {_said(error)}") from None
     wanted = class_name or next(iter(getattr(config, "architectures", None) or []), "")
-    if wanted:
-        kind = getattr(transformers, wanted, None)
-        if kind is None:
-            raise Unbuildable(f"transformers {transformers.__version__} has no class {wanted!r}", "hf:FOLDER#ClassName names another")
-        return lambda: kind(config)
-    return lambda: transformers.AutoModel.from_config(config)
+    if not wanted:
+        return lambda: transformers.AutoModel.from_config(config)
+    # The name comes from a stranger's file: it may mean a model, and nothing else that transformers holds.
+    kind = getattr(transformers, str(wanted), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise Unbuildable(f"transformers {transformers.__version__} has no model class {wanted!r}", "hf:FOLDER#ClassName names another")
+    return lambda: kind(config)
+
+
+def _said(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _manifest(model: nn.Module, notes: list[str]) -> dict[str, Any]:
@@ -182,7 +195,10 @@ def _manifest(model: nn.Module, notes: list[str]) -> dict[str, Any]:
         if not isinstance(value, torch.Tensor):
             notes.append(f"{name} is no tensor and is not compared")
             continue
-        tensors[name] = TensorSpec(tuple(value.shape), DType(str(value.dtype).removeprefix("torch.")))
+        try:
+            tensors[name] = TensorSpec(tuple(value.shape), DType(str(value.dtype).removeprefix("torch.")))
+        except ValueError:
+            raise Unbuildable(f"{name} is a tensor of {value.dtype}, which ckptconv does not know") from None
         names.setdefault(id(value), []).append(name)
         if id(value) not in parameters:
             buffers.append(name)
@@ -190,17 +206,19 @@ def _manifest(model: nn.Module, notes: list[str]) -> dict[str, Any]:
     return Manifest(tensors, ties, frozenset(buffers)).to_json()
 
 
-def _written(request: Mapping[str, Any]) -> dict[str, Tensor]:
+def _written(request: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """The written files, mapped, by the plain libraries that everyone else reads them with."""
     import torch
 
-    state: dict[str, Tensor] = {}
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    versions: dict[str, Any] = {}
     for file in request["files"]:
         if request["format"] == "torch":
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             for key in request["container"]:
                 loaded = loaded[key]
             state.update(loaded)
+            versions.update(getattr(loaded, "_metadata", {}))
             continue
         from ckptconv.formats.safetensors import read
 
@@ -213,6 +231,8 @@ def _written(request: Mapping[str, Any]) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
         state.update({name: tensors[aliases.get(name, name)] for name in contents.containers["."].tensors})
+    if versions:
+        state._metadata = versions  # type: ignore[attr-defined]
     return state
 
 

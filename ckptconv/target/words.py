@@ -12,7 +12,10 @@ from urllib.parse import parse_qsl
 from ckptconv.errors import Problem, UsageError, printable
 
 _PY = re.compile(r"([A-Za-z_][\w]*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
+_CLASS = re.compile(r"[A-Za-z_]\w*")
 _MODELS = ("py", "timm", "hf")
+#: Arguments by which timm would read or fetch weights: a target is structure only, and a rule file must not open other files.
+_TIMM_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Target:
     kind: Literal["py", "timm", "hf", "manifest", "checkpoint"]
     text: str
     name: str  #: module:factory, model name, or a path
-    arguments: tuple[tuple[str, Any], ...] = ()  #: of the factory
+    arguments: tuple[tuple[str, Any], ...] = ()  #: of the factory; for ``hf`` the model ``class``, where one is named
     base: Path | None = None  #: where a relative folder starts
 
     @property
@@ -42,12 +45,14 @@ def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path
 
     >>> parse("timm:resnet18?num_classes=10", origin="command line").arguments
     (('num_classes', 10),)
+    >>> parse("hf:vit#ViTModel", origin="rule file", base=Path("models")).path.as_posix()
+    'models/vit'
 
     Raises :class:`~ckptconv.errors.UsageError`: CK107 for what is no target, CK106 for what only the command line may say.
     """
     kind, colon, rest = text.partition(":")
     if colon and kind in _MODELS:
-        name, _, query = rest.partition("?")
+        name, _, query = (rest, "", "") if kind == "hf" else rest.partition("?")
         arguments = tuple((key, _literal(value)) for key, value in parse_qsl(query, keep_blank_values=True))
         if kind == "py":
             if origin == "rule file":
@@ -62,7 +67,14 @@ def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path
         if not name:
             raise UsageError(Problem("CK107", f"want {kind}:{'NAME' if kind == 'timm' else 'FOLDER'}", where=printable(text)))
         if kind == "timm":
+            for key, _ in arguments:
+                if key in _TIMM_WEIGHTS:
+                    what = f"timm: builds the model without weights, and takes no {key}"
+                    raise UsageError(Problem("CK107", what, where=printable(text)))
             return Target("timm", text, name, arguments)
+        folder, mark, model_class = name.rpartition("#")
+        if mark and folder and _CLASS.fullmatch(model_class):
+            name, arguments = folder, (("class", model_class),)
         _confined(name, text, origin)
         return Target("hf", text, name, arguments, base)
     _confined(text, text, origin)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-COMMANDS = ["run", "plan", "inspect", "diff", "verify", "check", "rules", "schema", "completion"]
+COMMANDS = ["run", "plan", "inspect", "diff", "verify", "check", "test", "rules", "schema", "completion"]
 
 
 @pytest.fixture
@@ -106,6 +106,22 @@ def test_check_names_all_problems_of_all_files(tmp_path, cli):
     assert "dataparallel: right" in result.out
     assert cli("check", ".", cwd=tmp_path).code == 1
     assert cli("check", "good.yaml", "--json", cwd=tmp_path).json == [{"rules": "good.yaml", "problems": []}]
+
+
+def test_the_tests_of_rules_run_from_the_command_line(tmp_path, cli):
+    head = "version: 1\nname: {}\nsummary: s\nsteps: [{{rename: {{a: b}}}}]\n"
+    (tmp_path / "good.yaml").write_text(head.format("good") + "tests: [{name: t, given: {a: [1]}, expect: {b: [1]}}]\n")
+    (tmp_path / "bare.yaml").write_text(head.format("bare"))
+    (tmp_path / "bad.yaml").write_text(head.format("bad") + "tests: [{name: t, given: {a: [1], c: [2]}, expect: {b: [2], d: [1]}}]\n")
+    assert cli("test", "good.yaml", cwd=tmp_path).out == "good.yaml: 1 tests, all pass\n"
+    bare = cli("test", "bare.yaml", cwd=tmp_path)
+    assert (bare.code, "a rule without a test proves nothing" in bare.err) == (1, True)
+    bad = cli("test", ".", cwd=tmp_path)
+    assert bad.code == 1
+    assert "test 't': missing: d; noisy: c; wrong: b is [1] float32, not [2] float32" in bad.err
+    everything = cli("test")
+    assert everything.code == 0, everything.err
+    assert everything.out.count("all pass") >= 19
 
 
 def test_rules_are_listed_and_shown(cli):

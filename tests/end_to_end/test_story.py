@@ -269,7 +269,9 @@ def test_a_check_looks_at_values_too(folder, cli):
 def test_variables_come_from_the_command_line_and_from_the_config_beside_the_source(folder, cli):
     torch.save({"qkv": torch.arange(12.0).view(6, 2)}, folder / "in.pth")
     rules = write_rules(
-        folder, "  - split: {from: qkv, to: [q, k, v], sizes: [H * 2, G, G]}", more="vars: {H: config.heads, G: 'first(config.groups, 1)'}\n"
+        folder,
+        "  - split: {from: qkv, to: [q, k, v], sizes: [H * 2, G, G]}",
+        more="vars: {H: config.heads, G: 'first(config.groups, 1)'}\n",
     )
     missing = cli("run", rules, "in.pth", "out.pth", cwd=folder)
     assert missing.code == 2
