@@ -85,7 +85,7 @@ _CONVERSION = _options(
 
 
 class _Levels(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """How far to verify: 0 to 3 (also L0 to L3), or none."""
+    """How far to verify: 0 to 4 (also L0 to L4), or none."""
 
     name = "level"
 
@@ -93,8 +93,8 @@ class _Levels(click.ParamType):  # type: ignore[type-arg]  # generic only in new
         text = str(value).upper().removeprefix("L")
         if text == "NONE":
             return None
-        if text not in ("0", "1", "2", "3"):
-            self.fail("want 0, 1, 2, 3 or none", param, ctx)
+        if text not in ("0", "1", "2", "3", "4"):
+            self.fail("want 0, 1, 2, 3, 4 or none", param, ctx)
         return int(text)
 
 
@@ -129,7 +129,7 @@ def cli() -> None:
     default="3",
     show_default=True,
     metavar="LEVEL",
-    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values; none",
+    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip; none",
 )
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
@@ -241,7 +241,7 @@ def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json
 @_TARGET
 @click.option("--against", type=click.Path(), metavar="SRC", help="the checkpoint that DST was made from")
 @click.option("--rules", type=_Rules(), metavar="RULES", help="the rules that it was made by")
-@click.option("--level", type=click.IntRange(0, 3), default=3, show_default=True, help="how far to climb")
+@click.option("--level", type=click.IntRange(0, 4), default=3, show_default=True, help="how far to climb")
 @click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file")
 @click.option(
     "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"

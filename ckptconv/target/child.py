@@ -108,7 +108,9 @@ def _py_factory(request: Mapping[str, Any]) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise Unbuildable(f"there is no module {module_name!r}", "the working folder and PYTHONPATH are searched") from None
-        raise Unbuildable(f"importing {module_name} failed: {error}", f"pip install {error.name}" if error.name else "") from None
+        # A name with a dot is a hole in a package that is there: installing will not fill it.
+        try_ = f"pip install {error.name}" if error.name and "." not in error.name else ""
+        raise Unbuildable(f"importing {module_name} failed: {error}", try_) from None
     except Exception as error:
         raise Unbuildable(f"importing {module_name} failed: {_said(error)}") from None
     for part in attribute.split("."):

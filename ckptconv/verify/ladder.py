@@ -1,4 +1,5 @@
-"""Rungs L0 to L3: the output is whole, every key is accounted for, the model loads it strictly, and no value was lost or doubled.
+"""Rungs L0 to L4: the output is whole, every key is accounted for, the model loads it strictly, no value was lost or doubled, and the
+source comes back from it.
 
 Strict loading alone proves little (in common models most keys share their shape with another key), so each rung looks at something
 else. A rung that cannot be climbed says why; a rung that fails stops the climb.
@@ -21,9 +22,10 @@ from ckptconv.names import collapse
 from ckptconv.plan import Fill, Output, Plan, Read, reads
 from ckptconv.spec import Manifest
 from ckptconv.target import Target, strict_load
+from ckptconv.verify.roundtrip import round_trip
 from ckptconv.verify.values import conserved
 
-LEVELS: Mapping[int, str] = {0: "integrity", 1: "accounting", 2: "strict load", 3: "values conserved"}
+LEVELS: Mapping[int, str] = {0: "integrity", 1: "accounting", 2: "strict load", 3: "values conserved", 4: "round trip"}
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,24 @@ class _Climb:
         ]
         return Rung(3, "passed", "; ".join(f"{count:,} tensors {what}" for count, what in counts if count))
 
+    def round_trip(self) -> Rung:
+        """L4: the derived inverse, run on the written file, gives the source's own bytes back."""
+        evidence = self.evidence
+        if evidence.plan is None or not evidence.source_digests:
+            return Rung(4, "skipped", "no source to come back to; name it with --against and --rules")
+        assert self.written is not None
+        with Sources(self.written_files) as reopened:
+            result = round_trip(evidence.plan, self.written.tensors, reopened, self.digests, evidence.source_digests)
+        if result.problems:
+            return _failed(4, "the source does not come back", result.problems)
+        return Rung(4, "passed", result.sentence)
+
 
 def climb(evidence: Evidence, level: int = 3) -> Ladder:
     """Climbs up to ``level``, stopping at the first rung that fails. Raises only for what is no verdict (a source that changed)."""
     state = _Climb(evidence)
     rungs: list[Rung] = []
-    for number, rung in enumerate((state.integrity, state.accounting, state.strict, state.values)):
+    for number, rung in enumerate((state.integrity, state.accounting, state.strict, state.values, state.round_trip)):
         if number > level:
             break
         try:

@@ -65,6 +65,27 @@ def test_the_same_inputs_give_the_same_file(done):
     assert (done / "again0.safetensors").read_bytes() == (done / "again1.safetensors").read_bytes()
 
 
+def test_the_source_comes_back_from_the_output(done):
+    report = api.run(done / "r.yaml", done / "in.pth", done / "there.safetensors", verify=4)
+    assert report.ladder.reached == "L0 L1 L3 L4"
+    assert report.ladder.rungs[-1].sentence == "3 source tensors come back byte-equal"
+    (done / "d.yaml").write_text(
+        "version: 1\nname: d\nsummary: s\nsteps:\n  - drop: norm\n  - split: {from: qkv, to: '{x:q|k|v}'}\n  - cast: {keys: up, dtype: bfloat16}\n"
+    )
+    report = api.run(done / "d.yaml", done / "in.pth", done / "part.pth", verify=4)
+    assert (
+        report.ladder.rungs[-1].sentence == "1 source tensors come back byte-equal; 2 cannot (up, norm: cast(·, bfloat16) cannot be undone)"
+    )
+
+
+def test_a_square_matrix_that_was_not_transposed_does_not_come_back(done):
+    state = torch.load(done / "out.pth")
+    state["up"] = state["up"].T.contiguous()
+    torch.save(state, done / "changed.pth")
+    ladder = api.verify(done / "changed.pth", against=done / "in.pth", rules=done / "r.yaml", level=4).ladder
+    assert ladder.failed is not None
+
+
 def test_without_verification_nothing_is_claimed(done):
     api.run(done / "r.yaml", done / "in.pth", done / "quick.pth", verify=None)
     assert api.inspect(done / "quick.pth").metadata["ckptconv.verified"].strip() == "none"
