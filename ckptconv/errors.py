@@ -133,6 +133,7 @@ CODES: Mapping[str, str] = {
     "CK209": "A name cannot be written: empty, over 1,024 characters, with control characters, or reserved by the format.",
     "CK210": "A name was touched by no step, and the rule file says expect_all.",
     "CK211": "The work that a step asks for passes a stated limit.",
+    "CK212": "The rules cannot be undone: something of the source is not in the output any more.",
     # 3xx: sources
     "CK301": "The file is not a checkpoint.",
     "CK302": "The file is damaged or cut off.",

@@ -19,11 +19,10 @@ from ckptconv.errors import FitError, OutputError, Problem, Refusal, printable
 from ckptconv.execute.copying import Copier, Copy, batches, write_at
 from ckptconv.execute.memory import peak_nbytes
 from ckptconv.execute.memory_run import computed
-from ckptconv.execute.sources import Sources, bytes_of, rows
+from ckptconv.execute.ranges import as_range
+from ckptconv.execute.sources import Sources, bytes_of
 from ckptconv.formats.base import FileLayout, Placed
-from ckptconv.plan import Apply, Expr, Output, Plan, Read, islands
-from ckptconv.spec import contiguous_strides
-from ckptconv.transforms import Reshape, Slice
+from ckptconv.plan import Output, Plan, Read, islands
 
 Report = Callable[[int], None]
 _CHUNK = 8 << 20
@@ -71,7 +70,7 @@ def fill(
     to_compute: list[Output] = []
     copied = 0
     for output in (*plan.stored, *(Output(name, Read(name, place.spec)) for name, place in (kept or {}).items())):
-        source = _as_range(output.expr, {**placed, **kept} if kept else placed)
+        source = as_range(output.expr, {**placed, **kept} if kept else placed)
         if source is None:
             to_compute.append(output)
             continue
@@ -101,23 +100,6 @@ def fill(
     for file, slot_name, value in found_crc:
         crc32[file][slot_name] = value
     return Receipt(crc32, digests, copied, sum(output.expr.spec.nbytes for output in to_compute))
-
-
-def _as_range(expr: Expr, placed: Mapping[str, Placed]) -> Placed | None:
-    """The place of an output that is one range of source bytes: a tensor, rows of one, or one under another shape."""
-    if isinstance(expr, Read):
-        return placed[expr.name] if placed[expr.name].contiguous else None
-    if not isinstance(expr, Apply):
-        return None
-    move = expr.transform
-    inner = _as_range(expr.arguments[0], placed) if isinstance(move, (Slice, Reshape)) else None
-    if inner is None:
-        return None
-    if isinstance(move, Reshape):
-        return Placed(expr.spec, inner.storage, inner.offset, contiguous_strides(expr.spec.shape))
-    if not isinstance(move, Slice) or move.axis % len(inner.spec.shape) != 0:
-        return None
-    return rows(inner, move.start, move.stop)
 
 
 def _by_destination(copy: Copy) -> int:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from ckptconv.errors import InputError, Problem, printable
 from ckptconv.formats.base import Placed
-from ckptconv.spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,12 +82,6 @@ class Sources:
         if placed.contiguous or not spec.shape:
             return flat.view(spec.shape) if not placed.storage.big_endian else flat.as_strided(spec.shape, placed.strides).contiguous()
         return flat.as_strided(spec.shape, placed.strides).contiguous()
-
-
-def rows(placed: Placed, start: int, stop: int) -> Placed:
-    """Rows ``start`` to ``stop`` of the first axis, as a place of their own; no byte is read."""
-    spec = TensorSpec((stop - start, *placed.spec.shape[1:]), placed.spec.dtype)
-    return Placed(spec, placed.storage, placed.offset + start * placed.strides[0] * spec.dtype.nbytes, placed.strides)
 
 
 def _view(tensor: Tensor) -> memoryview:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ckptconv import target
 from ckptconv.compare import Allow, Comparison, compare, explain_missing_initial
 from ckptconv.errors import FitError, InputError, Problem, UsageError, printable
+from ckptconv.invert import invert
+from ckptconv.names import collapse
 from ckptconv.plan import Plan
 from ckptconv.planner import make_plan
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.ruleset.patterns import Pattern
 from ckptconv.spec import Manifest
-from ckptconv.stage.opening import Source, config_for, open_source, parse_target, read_json, rule_file, variables
+from ckptconv.stage.opening import Source, config_for, manifest_of_word, open_source, parse_target, read_json, rule_file, variables
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Options:
     max_memory: str | None = None
     sync: bool = True
     timeout: float = 300.0  #: seconds that the building of a target may take
+    reverse: bool = False  #: run the rules backwards
+    like: str | None = (
+        None  #: with reverse: what the result must be like (a checkpoint, manifest or target in the rules' own source layout)
+    )
+    lossy: bool = False  #: with reverse: leave out what cannot come back
     use_rule_target: bool = True  #: False: compare with nothing, the caller has a model of its own
 
 
@@ -64,11 +72,35 @@ def prepare(rules: str | Path | RuleFile, source: Path, options: Options) -> Pre
     """Opens, plans and compares. Raises every problem of the first of these that has any; nothing is written."""
     parsed = rule_file(rules)
     opened = open_source(source, options.select or parsed.header.select)
-    plan = make_plan(
-        parsed, opened.manifest, given=variables(options.set), config=config_for(source, options.config), shown_source=printable(source),
-        untie=options.untie,
-    )  # fmt: skip
+    make = partial(make_plan, parsed, given=variables(options.set), config=config_for(source, options.config), untie=options.untie)
+    if options.reverse:
+        plan = _backwards(make, opened, parsed, options)
+        return _against_target(None, f"{parsed.label} reversed", parsed.file, parsed.digest, opened, plan, options)
+    plan = make(opened.manifest, shown_source=printable(source))
     return _against_target(parsed, parsed.label, parsed.file, parsed.digest, opened, plan, options)
+
+
+def _backwards(make: Callable[..., Plan], opened: Source, rules: RuleFile, options: Options) -> Plan:
+    """The inverse of the plan that made ``opened`` out of something like ``options.like``. Refuses what would be lost, unless told."""
+    if options.like is None:
+        raise UsageError(
+            Problem("CK107", "--reverse needs --like: a checkpoint, manifest or target with the names that the result must have",
+                    try_="ckptconv run --reverse RULES SRC DST --like OLD")
+        )  # fmt: skip
+    forward = make(manifest_of_word(options.like, rules.header.select, options.timeout), shown_source=printable(options.like))
+    comparison = compare(opened.manifest, forward.manifest, Allow(unexpected=lambda _name: False))
+    if not comparison.fits:
+        where = f"{printable(opened.path)} is not what {rules.label} makes of {printable(options.like)}"
+        raise FitError([problem.at(where) for problem in comparison.problems()])
+    inversion = invert(forward)
+    if inversion.lost and not options.lossy:
+        raise UsageError([
+            Problem("CK212", f"{printable(template)} cannot come back: {reason}", where=rules.file, try_="--lossy leaves it out")
+            for reason in dict.fromkeys(each.reason for each in inversion.lost)
+            for template in collapse([each.name for each in inversion.lost if each.reason == reason])
+        ][:20])  # fmt: skip
+    notes = tuple(f"left out, because it cannot come back: {printable(each.name)} ({each.reason})" for each in inversion.lost[:20])
+    return replace(inversion.plan, source=opened.manifest, notes=notes)
 
 
 def prepare_saved(plan_file: Path, source: Path, options: Options) -> Prepared:

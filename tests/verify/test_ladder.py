@@ -30,9 +30,10 @@ def verified(folder, state):
         (lambda s: s.pop("k"), 0, "other names"),
         (lambda s: s.update(q=s["q"].double()), 0, "written as"),
         (lambda s: s["norm"].add_(1), 0, "norm"),
-        (lambda s: s.update(q=s["k"].clone()), 3, "q"),  # one part written twice, another lost
+        (lambda s: s.update(q=s["k"].clone()), 0, "q"),  # one part written twice, another lost
         (lambda s: s.update(up=s["up"].T.contiguous()), 3, "up"),  # a square matrix that was not transposed
-        (lambda s: s["v"].view(-1)[3].add_(1e-6), 3, "v"),
+        (lambda s: s["v"].view(-1)[3].add_(1e-6), 0, "v"),
+        (lambda s: s["up"].view(-1)[3].add_(1e-6), 3, "up"),
     ],
 )
 def test_each_fault_is_found_on_its_rung(done, change, level, word):
