@@ -45,6 +45,9 @@ def numbered(**shapes):
         ("- cast: {keys: a, dtype: float64}", numbered(a=[4])),
         ("- fill: {to: z, shape: [2], value: zeros}", numbered(a=[4])),
         ("- check: {keys: a, finite: true}", numbered(a=[4])),
+        ("- index: {keys: a, take: [2, 0, 1]}", numbered(a=[3, 2])),
+        ("- pad: {keys: a, size: 8}", numbered(a=[5, 2])),
+        ("- repeat: {keys: a, times: 3}", numbered(a=[4, 2])),
     ],
 )  # fmt: skip
 def test_there_and_back_is_where_we_were(steps, state):
@@ -61,6 +64,7 @@ def test_there_and_back_is_where_we_were(steps, state):
     [
         ("- drop: a", numbered(a=[2], b=[1]), {"a": "dropped by r.yaml:5  drop (step 1)"}),
         ("- cast: {keys: a, dtype: bfloat16}", numbered(a=[2]), {"a": "cast(·, bfloat16) cannot be undone"}),
+        ("- affine: {keys: a, add: 1.0}", numbered(a=[3]), {"a": "· + 1 cannot be undone"}),
         ("- slice: {keys: a, stop: 2}", numbered(a=[5, 2]), {"a": "2:5 along axis 0 is in no output"}),
         ("- split: {from: a, to: [x, y]}\n- drop: x", numbered(a=[4]), {"a": "0:2 along axis 0 is in no output"}),
     ],

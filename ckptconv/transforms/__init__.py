@@ -10,11 +10,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.names import nearest
+from ckptconv.transforms.affine import Affine
 from ckptconv.transforms.base import Example, Piece, Transform
 from ckptconv.transforms.cast import Cast
 from ckptconv.transforms.concat import Concat
 from ckptconv.transforms.guard import Guard
 from ckptconv.transforms.index import Index
+from ckptconv.transforms.pad import Pad
 from ckptconv.transforms.rearrange import Rearrange
 from ckptconv.transforms.repeat import Repeat
 from ckptconv.transforms.reshape import Reshape
@@ -27,13 +29,15 @@ ALL: tuple[type[Transform], ...] = (
     Concat,
     Slice,
     Index,
+    Pad,
     Repeat,
+    Affine,
     Cast,
     Guard,
 )
 
 __all__ = [
-    "ALL", "Cast", "Concat", "Example", "Guard", "Index", "Piece", "Rearrange", "Repeat", "Reshape", "Slice", "Transform", "parse",
+    "ALL", "Affine", "Cast", "Concat", "Example", "Guard", "Index", "Pad", "Piece", "Rearrange", "Repeat", "Reshape", "Slice", "Transform", "parse",
 ]  # fmt: skip
 
 _OPS = tuple(each.model_fields["op"].default for each in ALL)

@@ -9,13 +9,22 @@ from ckptconv.ruleset.steps.choosing import Check, Copy, Drop, Keep, Tie
 from ckptconv.ruleset.steps.filling import FillStep
 from ckptconv.ruleset.steps.joining import ConcatStep, Split, Stack, Unstack
 from ckptconv.ruleset.steps.naming import AddPrefix, Rename, StripInfix, StripPrefix
-from ckptconv.ruleset.steps.shaping import CastStep, RearrangeStep, ReshapeStep, SliceStep
+from ckptconv.ruleset.steps.shaping import (
+    AffineStep,
+    CastStep,
+    IndexStep,
+    PadStep,
+    RearrangeStep,
+    RepeatStep,
+    ReshapeStep,
+    SliceStep,
+)  # fmt: skip
 
 ALL: Mapping[str, type[Step]] = {
     step.op: step
     for step in (
         StripPrefix, AddPrefix, StripInfix, Rename, Drop, Keep, Copy, Tie, Check,
-        ReshapeStep, RearrangeStep, SliceStep, CastStep, Split, ConcatStep, Stack, Unstack, FillStep,
+        ReshapeStep, RearrangeStep, SliceStep, IndexStep, PadStep, RepeatStep, CastStep, AffineStep, Split, ConcatStep, Stack, Unstack, FillStep,
     )
 }  # fmt: skip
 

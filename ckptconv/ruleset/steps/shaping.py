@@ -25,7 +25,7 @@ from ckptconv.ruleset.steps.base import (
     rendered,
     replaced,
 )  # fmt: skip
-from ckptconv.transforms import Cast, Rearrange, Reshape, Slice
+from ckptconv.transforms import Affine, Cast, Index, Pad, Rearrange, Repeat, Reshape, Slice
 
 Numbers = Annotated[tuple[Number, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
@@ -143,6 +143,74 @@ class CastStep(MapStep):
         if expr.spec.dtype == self.dtype:
             return expr
         return apply(Cast(dtype=self.dtype, overflow=self.overflow), expr)
+
+
+class IndexStep(MapStep):
+    """Elements of an axis in another order, or some of them: reordered blocks, a table of positions."""
+
+    op: ClassVar[str] = "index"
+    dim: int = 0
+    take: Numbers = Field(description="which indices, in order")
+
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:
+        axis = axis_of(self.dim, expr)
+        return apply(Index(axis=axis, take=tuple(integer(at, lookup, "an index", 0) for at in self.take)), expr)
+
+
+class PadStep(MapStep):
+    """More elements along an axis: `before` and `after`, or `size` for how many it shall have in all."""
+
+    op: ClassVar[str] = "pad"
+    dim: int = 0
+    before: Number | None = None
+    after: Number | None = None
+    size: Number | None = Field(None, description="the axis' size afterwards; what is missing goes to its end")
+    value: float = 0.0
+
+    @model_validator(mode="after")
+    def _one_way(self) -> PadStep:
+        if (self.size is None) == (self.before is None and self.after is None):
+            raise Refusal("pad wants either size, or before and after", code="CK102")
+        return self
+
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:
+        axis = axis_of(self.dim, expr)
+        if self.size is not None:
+            before, after = 0, integer(self.size, lookup, "size", 0) - expr.spec.shape[axis]
+            if after < 0:
+                raise Refusal(
+                    f"axis {self.dim} has {expr.spec.shape[axis]} already",
+                    code="CK206",
+                    found=str(expr.spec),
+                    try_="slice makes it smaller",
+                )
+        else:
+            before = 0 if self.before is None else integer(self.before, lookup, "before", 0)
+            after = 0 if self.after is None else integer(self.after, lookup, "after", 0)
+        return apply(Pad(axis=axis, before=before, after=after, value=self.value), expr)
+
+
+class RepeatStep(MapStep):
+    """Every element of an axis several times: `a a b b` where interleaved (key and value heads), else `a b a b`."""
+
+    op: ClassVar[str] = "repeat"
+    dim: int = 0
+    times: Number
+    interleave: bool = True
+
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:
+        return apply(Repeat(axis=axis_of(self.dim, expr), times=integer(self.times, lookup, "times", 1), interleave=self.interleave), expr)
+
+
+class AffineStep(MapStep):
+    """`x * mul + add`, in float32 and rounded back; approximate, and said so."""
+
+    op: ClassVar[str] = "affine"
+    mul: float = 1.0
+    add: float = 0.0
+
+    def build(self, expr: Expr, lookup: Lookup) -> Expr:  # noqa: ARG002  (the same signature for all)
+        return apply(Affine(mul=float(self.mul), add=float(self.add)), expr)
 
 
 def axis_of(dim: int, expr: Expr) -> int:
