@@ -24,8 +24,10 @@ def main() -> None:
     """Runs the command line and exits with its code."""
     # `python -m` puts the working folder first on the path: a yaml.py or torch.py lying there must not be taken for the real one.
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    if sys.path and os.path.abspath(sys.path[0] or ".") == os.getcwd() != here:
-        del sys.path[0]
+    # The same goes for an empty entry in PYTHONPATH.
+    working = os.getcwd()
+    if working != here:
+        sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != working]
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminate)

@@ -46,6 +46,7 @@ def numbered(**shapes):
         ("- fill: {to: z, shape: [2], value: zeros}", numbered(a=[4])),
         ("- check: {keys: a, finite: true}", numbered(a=[4])),
         ("- index: {keys: a, take: [2, 0, 1]}", numbered(a=[3, 2])),
+        ("- concat: {from: [q, k, v], to: qkv, layout: '(g n d) ...', along: n, g: 2, d: 3}", numbered(q=[24, 5], k=[6, 5], v=[6, 5])),
         ("- pad: {keys: a, size: 8}", numbered(a=[5, 2])),
         ("- repeat: {keys: a, times: 3}", numbered(a=[4, 2])),
     ],
@@ -136,3 +137,15 @@ def test_the_inverse_of_the_inverse_is_the_plan(data):
     assert once.lost == twice.lost == ()
     again = evaluate(twice.plan, {"x": value})
     assert all(torch.equal(again[name], there[name]) for name in there)
+
+
+def test_a_grouped_query_split_is_what_the_equations_say():
+    """Megatron's layout: for each group its queries, then its key, then its value."""
+    groups, per_group, width = 2, 3, 4
+    q, k, v = (torch.randn(groups, count, width, 5) for count in (per_group, 1, 1))
+    fused = torch.cat([q, k, v], 1).reshape(-1, 5)
+    plan = plan_of("- split: {from: a.w, to: '{x:q|k|v}.w', layout: '(g n d) ...', along: n, sizes: [3, 1, 1], g: 2, d: 4}", {"a.w": fused})
+    found = evaluate(plan, {"a.w": fused})
+    for name, value in zip("qkv", (q, k, v), strict=True):
+        assert torch.equal(found[f"{name}.w"], value.reshape(-1, 5))
+    assert torch.equal(evaluate(invert(plan).plan, found)["a.w"], fused)

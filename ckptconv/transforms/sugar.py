@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
-from ckptconv.transforms.rearrange import Rearrange
+from ckptconv.errors import Refusal
+from ckptconv.transforms.rearrange import Rearrange, sides
+
+
+@dataclass(frozen=True)
+class OpenLayout:
+    """A named axis made an axis of its own: how to get there, which one it is, and how to get back."""
+
+    opened: str
+    axis: int
+    closed: str
+
+
+@lru_cache(maxsize=1024)
+def open_layout(layout: str, along: str) -> OpenLayout:
+    """``(g n d) ...`` along ``n``: the pattern that opens the group, the axis of ``n`` then, and the pattern that closes it again.
+
+    >>> open_layout("(g n d) ...", "n")
+    OpenLayout(opened='(g n d) ... -> g n d ...', axis=1, closed='g n d ... -> (g n d) ...')
+    """
+    groups, _ = sides(f"{layout} -> {layout}")
+    at = next((at for at, group in enumerate(groups) if group is not None and along in group), None)
+    if at is None:
+        raise Refusal(f"{along!r} is no axis of {layout!r}", code="CK206")
+    if None in groups[:at]:
+        raise Refusal(f"{layout!r}: `...` must come after the axis {along!r}", code="CK206")
+    words = ["..." if group is None else "1" if not group else group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups]
+    inner = groups[at]
+    assert inner is not None
+    plain = " ".join([*words[:at], *inner, *words[at + 1 :]])
+    return OpenLayout(f"{' '.join(words)} -> {plain}", at + inner.index(along), f"{plain} -> {' '.join(words)}")
 
 
 @lru_cache(maxsize=1024)

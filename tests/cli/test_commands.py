@@ -2,10 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+ROOT = Path(__file__).parent.parent.parent
 COMMANDS = ["run", "plan", "inspect", "diff", "verify", "check", "test", "rules", "schema", "completion"]
 
 
@@ -189,7 +191,7 @@ def test_nothing_of_a_hostile_name_reaches_the_terminal(tmp_path, cli):
 def test_a_stranger_in_the_working_folder_is_not_imported(folder, cli):
     for module in ("yaml", "torch", "pydantic", "click"):
         (folder / f"{module}.py").write_text("import pathlib; pathlib.Path('marker').touch(); raise SystemExit(9)")
-    result = cli("run", "dataparallel", "in.pth", "out.pth", cwd=folder)
+    result = cli("run", "dataparallel", "in.pth", "out.pth", cwd=folder, env={"PYTHONPATH": f":{ROOT}"})
     assert result.code == 0, result.err
     assert not (folder / "marker").exists()
 

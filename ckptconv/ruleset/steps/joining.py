@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -27,20 +27,59 @@ from ckptconv.ruleset.steps.base import (
     with_captures,
 )  # fmt: skip
 from ckptconv.ruleset.steps.fan import fan_out, grouped
-from ckptconv.ruleset.steps.shaping import axis_of
-from ckptconv.transforms import Concat, Slice
-from ckptconv.transforms.sugar import insert_axis, remove_axis
+from ckptconv.ruleset.steps.shaping import WITH_AXES, axis_of, check_axes
+from ckptconv.transforms import Concat, Rearrange, Slice
+from ckptconv.transforms.sugar import insert_axis, open_layout, remove_axis
 
 MAX_PARTS = 100_000
 
 
-class Split(Step):
+class AlongStep(Step):
+    """What split and concat share: an axis by its number, or by its name in a `layout` whose other sizes stand beside it."""
+
+    model_config = WITH_AXES
+    __pydantic_extra__: dict[str, Number]
+    dim: int = 0
+    layout: str | None = Field(None, description="einops notation of the fused tensor: '(g n d) ...'")
+    along: str | None = Field(None, description="the axis of `layout` that is cut or joined")
+
+    @model_validator(mode="after")
+    def _axes_are_named(self) -> AlongStep:
+        if (self.layout is None) != (self.along is None):
+            raise Refusal(f"{self.op} wants layout and along together, or dim", code="CK102")
+        if self.layout is None or self.along is None:
+            check_axes(self.axes, "", ", ".join(name for name in type(self).model_fields))
+        else:
+            check_axes(self.axes, self.layout, f"the axes of {self.layout!r}")
+            open_layout(self.layout, self.along)
+        return self
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """Axis name -> size, as expressions."""
+        return dict(self.__pydantic_extra__ or {})
+
+    def opened(self, expr: Expr, lookup: Lookup) -> tuple[Expr, int]:
+        """The tensor with the named axis on its own, and which one it is."""
+        if self.layout is None or self.along is None:
+            return expr, axis_of(self.dim, expr)
+        how = open_layout(self.layout, self.along)
+        sizes = tuple((name, integer(size, lookup, f"axis {name}", 1)) for name, size in self.axes.items())
+        return apply(Rearrange(pattern=how.opened, sizes=sizes), expr), how.axis
+
+    def closed(self, expr: Expr) -> Expr:
+        """The way back from :meth:`opened`."""
+        if self.layout is None or self.along is None:
+            return expr
+        return apply(Rearrange(pattern=open_layout(self.layout, self.along).closed), expr)
+
+
+class Split(AlongStep):
     """One tensor becomes several, along an axis: equal parts, or `sizes`."""
 
     op: ClassVar[str] = "split"
     source: Patterns = Field(alias="from")
     to: Templates = Field(description="one name per part; {x:q|k|v} stands for three")
-    dim: int = 0
     sizes: Annotated[tuple[Number, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)] | None = None
 
     @model_validator(mode="after")
@@ -74,35 +113,33 @@ class Split(Step):
         return replaced(table, results, context)
 
     def _cut(self, expr: Expr, count: int, lookup: Lookup) -> list[Expr]:
-        axis = axis_of(self.dim, expr)
+        expr, axis = self.opened(expr, lookup)
+        named = self.along or str(self.dim)
         size = expr.spec.shape[axis]
         if self.sizes is None:
             if size % count:
                 raise Refusal(
-                    f"axis {self.dim} has {size}, which is no multiple of {count}", code="CK206", found=str(expr.spec), try_="give sizes"
+                    f"axis {named} has {size}, which is no multiple of {count}", code="CK206", found=str(expr.spec), try_="give sizes"
                 )
             sizes = [size // count] * count
         else:
             sizes = [integer(part, lookup, "a size", 0) for part in self.sizes]
             if sum(sizes) != size:
-                raise Refusal(
-                    f"the sizes {sizes} add up to {sum(sizes)}, but axis {self.dim} has {size}", code="CK206", found=str(expr.spec)
-                )
+                raise Refusal(f"the sizes {sizes} add up to {sum(sizes)}, but axis {named} has {size}", code="CK206", found=str(expr.spec))
         parts: list[Expr] = []
         start = 0
         for part in sizes:
-            parts.append(apply(Slice(axis=axis, start=start, stop=start + part), expr))
+            parts.append(self.closed(apply(Slice(axis=axis, start=start, stop=start + part), expr)))
             start += part
         return parts
 
 
-class ConcatStep(Step):
+class ConcatStep(AlongStep):
     """Several tensors become one, along an axis, in the order written."""
 
     op: ClassVar[str] = "concat"
     source: Patterns = Field(alias="from", description="the pieces in order; {x:q|k|v}, where `to` lacks x, stands for three")
     to: TemplateField
-    dim: int = 0
 
     @model_validator(mode="after")
     def _same_placeholders(self) -> ConcatStep:
@@ -122,9 +159,10 @@ class ConcatStep(Step):
     def lower(self, table: Table, context: Context) -> Table:
         return _joined(self, self.over, table, context)
 
-    def join(self, pieces: Sequence[Expr]) -> Expr:
+    def join(self, pieces: Sequence[Expr], lookup: Lookup) -> Expr:
         """The one tensor."""
-        return apply(Concat(axis=axis_of(self.dim, pieces[0])), *pieces)
+        opened = [self.opened(piece, lookup) for piece in pieces]
+        return self.closed(apply(Concat(axis=opened[0][1]), *(piece for piece, _ in opened)))
 
 
 class Stack(Step):
@@ -150,7 +188,7 @@ class Stack(Step):
     def lower(self, table: Table, context: Context) -> Table:
         return _joined(self, (self.over,), table, context)
 
-    def join(self, pieces: Sequence[Expr]) -> Expr:
+    def join(self, pieces: Sequence[Expr], lookup: Lookup) -> Expr:  # noqa: ARG002  (the same signature for both)
         """The one tensor."""
         rank = len(pieces[0].spec.shape)
         axis = self.dim if self.dim >= 0 else self.dim + rank + 1
@@ -219,9 +257,10 @@ def _joined(step: ConcatStep | Stack, over: Sequence[str], table: Table, context
     place = {name: at for at, name in enumerate(table)}
     for group in grouped(step.claims(table, context), step.matched(), over, context):
         names = list(group.names())
-        new = rendered(step.to, context.scope.lookup(group.captures, table), context, names[0])
+        lookup = context.scope.lookup(group.captures, table)
+        new = rendered(step.to, lookup, context, names[0])
         try:
-            expr = step.join([table[name].expr for name in names])
+            expr = step.join([table[name].expr for name in names], lookup)
         except Refusal as refusal:
             context.refused(refusal, new or names[0])
             continue

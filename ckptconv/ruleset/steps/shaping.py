@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -28,6 +28,22 @@ from ckptconv.ruleset.steps.base import (
 from ckptconv.transforms import Affine, Cast, Index, Pad, Rearrange, Repeat, Reshape, Slice
 
 Numbers = Annotated[tuple[Number, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
+#: For steps that take the sizes of named axes as fields of their own.
+WITH_AXES = ConfigDict(
+    frozen=True, extra="allow", arbitrary_types_allowed=True, populate_by_name=True, strict=True,
+    json_schema_extra={"additionalProperties": {"type": ["integer", "string"], "description": "size of a named axis"}},
+)  # fmt: skip
+
+
+def check_axes(given: Iterable[str], pattern: str, known: str) -> None:
+    """Refuses a field that is no axis of the pattern: a misspelt word, most likely."""
+    axes = set(pattern.replace("(", " ").replace(")", " ").replace("->", " ").split())
+    stranger = next((name for name in given if name not in axes), None)
+    if stranger is not None:
+        what = f"{printable(stranger)!r} is no axis of {pattern!r}" if pattern else f"unknown field {printable(stranger)!r}"
+        raise Refusal(what, code="CK102", try_=f"fields: {known}")
 
 
 class MapStep(Step):
@@ -84,23 +100,13 @@ class RearrangeStep(MapStep):
     """An einops pattern: transpose, permute, squeeze, rotary layouts, interleaving. Sizes of named axes stand beside the pattern."""
 
     op: ClassVar[str] = "rearrange"
-    model_config = ConfigDict(
-        frozen=True, extra="allow", arbitrary_types_allowed=True, populate_by_name=True, strict=True,
-        json_schema_extra={"additionalProperties": {"type": ["integer", "string"], "description": "size of a named axis"}},
-    )  # fmt: skip
+    model_config = WITH_AXES
     __pydantic_extra__: dict[str, Number]
     pattern: str = Field(min_length=1, description="einops notation: '(h d two) ... -> (h two d) ...'")
 
     @model_validator(mode="after")
     def _axes_are_named(self) -> RearrangeStep:
-        axes = set(self.pattern.replace("(", " ").replace(")", " ").replace("->", " ").split())
-        strangers = [name for name in self.sizes if name not in axes]
-        if strangers:
-            raise Refusal(
-                f"{printable(strangers[0])!r} is no axis of {self.pattern!r}",
-                code="CK102",
-                try_="fields: keys, from, to, pattern, and the axes",
-            )
+        check_axes(self.sizes, self.pattern, "keys, from, to, pattern, and the axes")
         return self
 
     @property
