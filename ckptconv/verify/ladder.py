@@ -183,6 +183,12 @@ class _Climb:
             return Rung(2, "skipped", "the target is a manifest, not a model: names, shapes and dtypes were compared in L1")
         assert evidence.wanted is not None
         comparison = compare(self.manifest(), evidence.wanted, evidence.allow)
+        other = [
+            name for name, spec in self.manifest().tensors.items() if name in evidence.wanted and evidence.wanted[name].shape != spec.shape
+        ]
+        if other:
+            shown = ", ".join(str(template) for template in collapse(other)[:3])
+            return Rung(2, "skipped", f"the rule allows other shapes than the model's, which nothing can load: {printable(shown)}")
         # What the rule lets through on purpose is told to the loader; everything else must be as strict as torch can be.
         result = strict_load(evidence.target, evidence.files, evidence.format, timeout=evidence.timeout,
                              allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected,
@@ -192,7 +198,8 @@ class _Climb:
                 2, "load_state_dict(strict=True) failed", [Problem("CK408", printable(result.error, 1000), where=evidence.target.text)]
             )
         how = "strict=True, assign=True" if not comparison.allowed_missing else "strict but for the keys that are allowed to be missing"
-        return Rung(2, "passed", f"{evidence.target.text} loaded the written file ({how})")
+        said = "".join(f"; {note}" for note in result.notes[:3])
+        return Rung(2, "passed", f"{evidence.target.text} loaded the written file ({how}){said}")
 
     def values(self) -> Rung:
         """L3: nothing lost, nothing doubled, modulo the plan's own transforms."""

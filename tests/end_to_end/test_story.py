@@ -284,3 +284,12 @@ def test_variables_come_from_the_command_line_and_from_the_config_beside_the_sou
     (folder / "other.json").write_text('{"heads": 1, "groups": 2}')
     assert cli("run", rules, "in.pth", "out.pth", "--config", "other.json", "--force", cwd=folder).code == 0
     assert [len(value) for value in torch.load(folder / "out.pth").values()] == [2, 2, 2]
+
+
+def test_a_shape_that_is_allowed_by_name_is_written_and_said_to_be_unloadable(folder, cli):
+    torch.save(Net(out=5).state_dict(), folder / "in.pth")
+    rules = write_rules(folder, "  - rename: {'{r:**}': '{r}'}", more="target: {allow: {shape: ['head.{p}']}}\n")
+    result = cli("run", rules, "in.pth", "out.pth", "--target", "py:nets:net", cwd=folder)
+    assert result.code == 0, result.err
+    assert "L2 –" in result.out
+    assert "head.weight, head.bias" in result.out
