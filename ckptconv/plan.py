@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Union
 
 from ckptconv import transforms
+from ckptconv.names import unusable
 from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.transforms.base import Transform
 
@@ -208,6 +209,7 @@ class Plan:
             outputs = tuple(Output(name, nodes[_index(at, nodes)], Origin(*origin)) for name, at, origin in data["outputs"])
             dropped = tuple(Dropped(name, Origin(*origin), reason, tuple(sources)) for name, origin, reason, sources in data["dropped"])
             ties = tuple(tuple(group) for group in data["ties"])
+            _check_names([output.name for output in outputs], ties)
             return Plan(source, outputs, ties, dropped, tuple(data.get("notes", ())))
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"not a saved plan: {type(error).__name__}: {error}") from None
@@ -244,6 +246,18 @@ def _origin_json(origin: Origin) -> list[Any]:
     return [origin.file, origin.line, origin.step, origin.op]
 
 
+def _check_names(names: Sequence[Any], ties: Sequence[Sequence[Any]]) -> None:
+    for name in names:
+        reason = unusable(name)
+        if reason:
+            raise ValueError(f"not a saved plan: {reason}")
+    known = set(names)
+    if len(known) != len(names):
+        raise ValueError("not a saved plan: two outputs have one name")
+    if any(name not in known for group in ties for name in group):
+        raise ValueError("not a saved plan: a tie names an output that is not there")
+
+
 def _index(value: Any, nodes: Sequence[Expr]) -> int:
     if type(value) is not int or not 0 <= value < len(nodes):
         raise ValueError(f"not a saved plan: node {value!r} is not one of the {len(nodes)} before it")
@@ -257,5 +271,7 @@ def _node(item: Mapping[str, Any], nodes: Sequence[Expr], source: Manifest) -> E
         return Read(item["read"], source[item["read"]])
     if "fill" in item:
         dtype, *shape = item["spec"]
+        if item["fill"] not in ("constant", "arange", "normal") or any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError("not a saved plan: an impossible fill")
         return Fill(item["fill"], item["value"], item["seed"], TensorSpec(tuple(shape), DType(dtype)))
     return apply(transforms.parse(item["apply"]), *(nodes[_index(at, nodes)] for at in item["of"]))

@@ -182,6 +182,28 @@ def test_what_is_not_a_plan_is_refused(broken):
         Plan.from_json(broken)
 
 
+def test_a_saved_plan_that_was_tampered_with_is_refused():
+    good = planned("- fill: {to: z, shape: [2], value: ones}", {"a": [4], "b": [2]}).to_json()
+
+    def broken(change):
+        import copy
+
+        data = copy.deepcopy(good)
+        change(data)
+        with pytest.raises(ValueError, match=r"saved plan|saved transform|saved manifest|dtype"):
+            Plan.from_json(data)
+
+    broken(lambda data: data["outputs"].append(data["outputs"][0]))
+    broken(lambda data: data["outputs"][0].__setitem__(0, "a\nb"))
+    broken(lambda data: data["outputs"][0].__setitem__(1, 99))
+    broken(lambda data: data["outputs"].__setitem__(0, 5))
+    broken(lambda data: data["nodes"].__setitem__(0, {"read": "nope"}))
+    broken(lambda data: data["nodes"].__setitem__(0, {"apply": {"op": "x"}, "of": []}))
+    broken(lambda data: data["nodes"][-1].__setitem__("fill", "os.system"))
+    broken(lambda data: data["nodes"][-1].__setitem__("spec", ["float32", -1]))
+    broken(lambda data: data["ties"].append(["a", "nope"]))
+
+
 def test_many_names_and_patterns_stay_fast_enough_to_be_linear():
     given = {f"layers.{i}.m{j}.weight": [2] for i in range(200) for j in range(50)}
     steps = "- rename:\n" + "".join(f"    'layers.{{i:int}}.m{j}.{{p}}': 'blocks.{{i}}.n{j}.{{p}}'\n" for j in range(50))

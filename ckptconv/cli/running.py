@@ -150,15 +150,19 @@ def _console(stream: Any) -> Console:
 @contextmanager
 def guarded(out: Output) -> Iterator[None]:
     """Ends a command with the exit code of what went wrong, every problem printed; a traceback only for a fault of our own."""
-    from ckptconv.errors import CkptconvError
+    from ckptconv.errors import CkptconvError, Refusal, UsageError
 
     try:
-        yield
+        try:
+            yield
+        except Refusal as refusal:  # of a word of the command itself: a pattern, say
+            raise UsageError(refusal.at("")) from None
     except CkptconvError as error:
         try:
             out.failure(error.problems, error.exit_code)
         except CkptconvError as second:  # the report could not be written either: say so, and keep the first reason's code
             from ckptconv.report.text import print_problems
 
-            print_problems(second.problems, out.errors)
+            if second.problems != error.problems:
+                print_problems(second.problems, out.errors)
         raise click.exceptions.Exit(error.exit_code) from None

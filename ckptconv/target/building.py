@@ -68,7 +68,7 @@ def _saved(target: Target) -> Manifest:
     except OSError as error:
         raise UsageError(Problem("CK107", f"the manifest cannot be read: {error.strerror}", where=printable(target.text))) from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(Problem("CK107", f"not a saved manifest: {printable(error)}", where=printable(target.text))) from None
+        raise UsageError(Problem("CK107", printable(error), where=printable(target.text))) from None
 
 
 def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:

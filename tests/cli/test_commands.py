@@ -163,6 +163,7 @@ def test_completion_knows_the_rules(cli):
         (["run", "dataparallel", "in.pth", "out.safetensors", "--keep-extras"], 2, ["CK107", "--keep-extras"]),
         (["run", "dataparallel", "in.pth", "out.pth", "--verify", "9"], 2, ["want 0, 1, 2, 3, 4 or none"]),
         (["run", "dataparallel", "in.pth", "out.xyz"], 2, ["CK107", ".xyz says no format"]),
+        (["inspect", "in.pth", "--match", "a{"], 2, ["CK103", "a `{` is never closed"]),
         (["inspect", "nothing.pth"], 3, ["CK310"]),
         (["verify", "in.pth"], 2, ["CK107", "--target"]),
         (["frobnicate"], 2, ["No such command"]),
