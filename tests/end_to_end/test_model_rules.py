@@ -139,3 +139,121 @@ def test_gpt2_written_and_loaded_strictly(tmp_path, cli):
         if name in written:
             transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             assert torch.equal(written[name], value.T if transposed else value), name
+
+
+def torchvision_models():
+    """(rule, torchvision model, target model, how the target is called), small ones with the real classes."""
+    torchvision = import_with_torchvision("torchvision")
+    timm = import_with_torchvision("timm")
+    transformers = import_with_torchvision("transformers")
+    models = torchvision.models
+
+    def plain(model, image):
+        return model(image)
+
+    def logits(model, image):
+        return model(pixel_values=image).logits
+
+    blocks = [
+        models.convnext.CNBlockConfig(16, 24, 2),
+        models.convnext.CNBlockConfig(24, 32, 1),
+        models.convnext.CNBlockConfig(32, None, 2),
+    ]
+    return {
+        "torchvision-vit-to-timm-vit": (
+            models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=7),
+            timm.create_model(
+                "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, num_classes=7
+            ),
+            plain,
+        ),
+        "torchvision-swin-to-timm-swin": (
+            models.swin_transformer.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=7),
+            timm.models.swin_transformer.SwinTransformer(
+                img_size=32, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=7
+            ),
+            plain,
+        ),
+        "torchvision-convnext-to-hf-convnext": (
+            models.convnext.ConvNeXt(blocks, num_classes=7),
+            transformers.ConvNextForImageClassification(
+                transformers.ConvNextConfig(num_stages=3, depths=[2, 1, 2], hidden_sizes=[16, 24, 32], num_labels=7, layer_norm_eps=1e-6)
+            ),
+            logits,
+        ),
+        "torchvision-resnet-to-hf-resnet": (
+            models.resnet18(num_classes=7),
+            transformers.ResNetForImageClassification(
+                transformers.ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic", num_labels=7)
+            ),
+            logits,
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "torchvision-vit-to-timm-vit",
+        "torchvision-swin-to-timm-swin",
+        "torchvision-convnext-to-hf-convnext",
+        "torchvision-resnet-to-hf-resnet",
+    ],
+)
+def test_torchvision_into_its_neighbours(tmp_path, rule):
+    source, target, call = torchvision_models()[rule]
+    perturbed(source)
+    torch.save(source.state_dict(), tmp_path / "in.pth")
+    report = ckptconv.run(rule, tmp_path / "in.pth", tmp_path / "out.pth", verify=4)
+    assert report.ladder.reached == "L0 L1 L3 L4"
+    target.eval().load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        close(source(image), call(target, image))
+
+
+def test_mixtral_experts_are_stacked_in_numeric_order_and_load_into_transformers(tmp_path):
+    transformers = import_with_torchvision("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=11, max_position_embeddings=32,
+    )  # fmt: skip
+    model = perturbed(transformers.MixtralForCausalLM(config))
+    fused = model.state_dict()
+    published = {}
+    for name, value in fused.items():
+        layer, _, rest = name.partition(".mlp.")
+        if rest == "gate.weight":
+            published[f"{layer}.block_sparse_moe.gate.weight"] = value
+        elif rest == "experts.gate_up_proj":
+            for e, both in enumerate(value):
+                (
+                    published[f"{layer}.block_sparse_moe.experts.{e}.w1.weight"],
+                    published[f"{layer}.block_sparse_moe.experts.{e}.w3.weight"],
+                ) = both.chunk(2)
+        elif rest == "experts.down_proj":
+            published |= {f"{layer}.block_sparse_moe.experts.{e}.w2.weight": each for e, each in enumerate(value)}
+        else:
+            published[name] = value
+    names = sorted(published)  # as text, so that expert 10 stands before expert 2
+    target = transformers.MixtralForCausalLM(config).eval()
+    torch.save({name: published[name].clone() for name in names}, tmp_path / "in.pth")
+    ckptconv.load(target, tmp_path / "in.pth", rules="mixtral-to-fused-experts")
+    ids = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        close(model(input_ids=ids).logits, target(input_ids=ids).logits)
+
+
+def test_torchtune_rotary_rows_are_the_interleaved_halves(tmp_path):
+    """Both layouts rotate the same pairs: row j of a head's first half goes with row j of its second, or with its neighbour."""
+    heads, groups, width = 4, 2, 8
+    state = {"model.embed_tokens.weight": torch.randn(5, heads * width)}
+    for name, count in (("q", heads), ("k", groups)):
+        state[f"model.layers.0.self_attn.{name}_proj.weight"] = torch.randn(count * width, heads * width)
+    found = ckptconv.convert(state, "hf-llama-to-torchtune-llama", set={"H": heads, "G": groups})
+    for name, count in (("q", heads), ("k", groups)):
+        before = state[f"model.layers.0.self_attn.{name}_proj.weight"].view(count, width, -1)
+        after = found[f"layers.0.attn.{name}_proj.weight"].view(count, width, -1)
+        for j in range(width // 2):
+            assert torch.equal(after[:, 2 * j], before[:, j])
+            assert torch.equal(after[:, 2 * j + 1], before[:, width // 2 + j])
