@@ -132,7 +132,7 @@ def load(
     if not comparison.fits:
         raise FitError(comparison.problems())
     with Sources(prepared.source.files) as opened:
-        state = evaluate(prepared.plan, LazyTensors(prepared.source.container.tensors, opened))
+        state = evaluate(prepared.plan, LazyTensors(prepared.source.placed, opened))
     result = target.load_into(model, state, allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected)
     if not result.loaded:
         raise FitError(Problem("CK408", printable(result.error, 1000)))
@@ -196,11 +196,11 @@ def verify(
 
         prepared = prepare(rules, Path(against), chosen)
         with Sources(prepared.source.files) as opened:
-            digests = digest_tensors(opened, prepared.source.container.tensors, threads=chosen.threads)
+            digests = digest_tensors(opened, prepared.source.placed, threads=chosen.threads)
         evidence = replace(
             bare,
             plan=prepared.plan,
-            source=prepared.source.container.tensors,
+            source=prepared.source.placed,
             source_files=prepared.source.files,
             source_digests=digests,
             target=prepared.target,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptconv import formats
 from ckptconv.errors import InputError, Problem, Refusal, UsageError, printable
-from ckptconv.formats.base import Container, Contents, Converted, FileLayout, Foreign, Kept, Placed, Unsupported, Writer
+from ckptconv.formats.base import Composite, Container, Contents, Converted, FileLayout, Foreign, Kept, Placed, Unsupported, Writer
 from ckptconv.formats.sharded import index_json, plan_shards
 from ckptconv.spec import Manifest
 
@@ -139,7 +139,7 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
             name = f"::{dotted}"
             kept[name] = value
             return Kept(name, value.spec)
-        if isinstance(value, (Foreign, Unsupported)):
+        if isinstance(value, (Foreign, Composite, Unsupported)):
             left_out.append(dotted)
             return None
         if isinstance(value, Mapping):
@@ -152,7 +152,7 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
 
 
 def _gone(value: Any, path: tuple[str, ...], left_out: list[str]) -> bool:
-    if isinstance(value, (Foreign, Unsupported)):
+    if isinstance(value, (Foreign, Composite, Unsupported)):
         left_out.append(".".join(path))
         return True
     return False

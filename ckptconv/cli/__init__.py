@@ -75,6 +75,9 @@ _CONVERSION = _options(
         "--format", "format_", type=click.Choice(["torch", "safetensors"]), help="of the output; else by DST's suffix, else as SRC"
     ),
     click.option("--shard-size", metavar="SIZE", help="largest file of a folder output  [default: 5GB]"),
+    click.option(
+        "--also", multiple=True, metavar="NAME=PATH", help="a further source; rules call its tensors NAME::tensor (adapter=lora/)"
+    ),
     click.option("--keep-extras", is_flag=True, help="keep a training checkpoint's other entries (epoch, optimizer, …); .pth output only"),
     click.option("--untie", is_flag=True, help="write tied weights as separate tensors"),
     click.option("--reverse", is_flag=True, help="run the rules backwards: SRC is what they make, DST what they start from"),
@@ -245,6 +248,7 @@ def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json
 @click.option("--against", type=click.Path(), metavar="SRC", help="the checkpoint that DST was made from")
 @click.option("--rules", type=_Rules(), metavar="RULES", help="the rules that it was made by")
 @click.option("--level", type=click.IntRange(0, 4), default=3, show_default=True, help="how far to climb")
+@click.option("--also", multiple=True, metavar="NAME=PATH", help="a further source that DST was made from")
 @click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file")
 @click.option(
     "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"

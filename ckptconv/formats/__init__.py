@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ckptconv.errors import Refusal
-from ckptconv.formats import safetensors, sharded, torch_legacy, torch_zip_reader
+from ckptconv.formats import dcp, deepspeed, ranks, safetensors, sharded, torch_legacy, torch_zip_reader
 from ckptconv.formats.base import Contents, Writer
 from ckptconv.formats.safetensors import SafetensorsWriter
 from ckptconv.formats.sniff import kind_of
@@ -29,16 +29,27 @@ WRITERS: Mapping[str, Writer] = MappingProxyType({
 
 
 def read(path: Path, format: str | None = None) -> Contents:  # noqa: A002  (the field's own word)
-    """What the checkpoint at ``path`` holds: a file, a folder of shards, or a shard index.
+    """What the checkpoint at ``path`` holds: a file, a shard index, or a folder (shards, tensor-parallel ranks, DCP, DeepSpeed ZeRO).
 
     The kind of a file is told from its bytes. ``format`` (``torch`` or ``safetensors``) chooses where a folder holds both, and is
     checked for a file. Raises :class:`~ckptconv.errors.Refusal` for what is malformed, ``OSError`` for what cannot be opened.
     """
     if path.is_dir():
-        return sharded.read_folder(path, format)
+        return _read_folder(path, format)
     if path.name.endswith(sharded.INDEX_SUFFIX):
         return sharded.read_index(path)
     kind = kind_of(path)
     if format is not None and not kind.startswith(format):
         raise Refusal(f"the file is {kind}, not {format}", code="CK301", try_="leave --format out")
     return READERS[kind](path)
+
+
+def _read_folder(folder: Path, format: str | None) -> Contents:  # noqa: A002
+    """A folder is told by what lies in it."""
+    if (folder / dcp.METADATA).is_file():
+        return dcp.read(folder)
+    step = deepspeed.folder_of(folder)
+    if step is not None:
+        return deepspeed.read(step, read)
+    parallel = ranks.found(folder)
+    return ranks.read(parallel, read) if parallel else sharded.read_folder(folder, format)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ckptconv.errors import Refusal
-from ckptconv.spec import Manifest, TensorSpec, is_contiguous
+from ckptconv.spec import Box, Manifest, TensorSpec, is_contiguous
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,33 @@ class Foreign:
 
 
 @dataclass(frozen=True, slots=True)
+class Keyed:
+    """The entry of a dict whose key is an object: it stands under a text of our own, and remembers its key."""
+
+    key: Foreign
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Unsupported:
     """A tensor of a kind that cannot be converted (sparse, quantised, …): it is named, and its state_dict is refused."""
 
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """A tensor that is stored as several: sparse, quantised, or in chunks. Only its parts have bytes; the plan puts it together.
+
+    ``kind`` and its parts: ``coo`` (indices, values), ``csr`` (row pointers, columns, values), ``int8`` (numbers, scales, zero points;
+    a part may be a plain number), ``chunks`` (boxes of it, at ``boxes``), ``flat`` (ranges of its elements, one after the other).
+    """
+
+    kind: str
+    spec: TensorSpec  #: of the whole
+    parts: Mapping[str, Placed | float | int]
+    boxes: tuple[Box, ...] = ()
+    axis: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +108,43 @@ class Container:
     module_versions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: entries beside the tensors that are not carried: path -> what it is
     skipped: Mapping[str, str] = field(default_factory=dict)
+    #: names whose tensors are stored in parts; a part is called ``name::part`` where tensors are read
+    composites: Mapping[str, Composite] = field(default_factory=dict)
     #: tensors that are there, but of a kind that cannot be converted: name -> kind
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def manifest(self) -> Manifest:
         """Names and specs; names that view the same elements of the same storage are tied."""
+        whole: dict[str, Placed | Composite] = {**self.tensors, **self.composites}
+        return Manifest({name: stored.spec for name, stored in whole.items()}, self._ties(self.tensors))
+
+    @property
+    def stored(self) -> Mapping[str, Placed]:
+        """Everything that has bytes: the plain tensors, and the parts of the others under names of their own."""
+        parts: dict[str, Placed] = {}
+        seen: set[int] = set()
+        for name, composite in self.composites.items():
+            if id(composite) in seen:  # a tied name
+                continue
+            seen.add(id(composite))
+            parts.update((f"{name}::{part}", placed) for part, placed in composite.parts.items() if isinstance(placed, Placed))
+        return {**self.tensors, **parts}
+
+    @property
+    def stored_manifest(self) -> Manifest:
+        """The manifest of what has bytes: the source of a plan."""
+        stored = self.stored
+        return Manifest({name: placed.spec for name, placed in stored.items()}, self._ties(stored))
+
+    @staticmethod
+    def _ties(tensors: Mapping[str, Placed]) -> tuple[tuple[str, ...], ...]:
         seen: dict[tuple[Any, ...], list[str]] = {}
-        for name, placed in self.tensors.items():
+        for name, placed in tensors.items():
             if placed.spec.numel:
                 key = (placed.storage.file, placed.storage.offset, placed.offset, placed.strides, placed.spec)
                 seen.setdefault(key, []).append(name)
-        ties = tuple(tuple(group) for group in seen.values() if len(group) > 1)
-        return Manifest({name: placed.spec for name, placed in self.tensors.items()}, ties)
+        return tuple(tuple(group) for group in seen.values() if len(group) > 1)
 
 
 @dataclass(frozen=True)

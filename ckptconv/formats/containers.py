@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.base import Container, Contents, Foreign, Placed, Unsupported
+from ckptconv.formats.base import Composite, Container, Contents, Foreign, Placed, Unsupported
 from ckptconv.formats.rebuilding import Global, Ordered, StorageRef
 from ckptconv.names import unusable
 
@@ -97,7 +97,12 @@ def _search(node: Any, path: tuple[str, ...], found: dict[str, Container]) -> No
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (Placed, Unsupported))
+    return isinstance(value, (Placed, Composite, Unsupported)) or _holds_tensors(value)
+
+
+def _holds_tensors(value: Any) -> bool:
+    """A short tuple with tensors in it: torch packs a quantised layer's weight and bias so."""
+    return isinstance(value, tuple) and 0 < len(value) <= 8 and any(isinstance(item, (Placed, Composite)) for item in value)
 
 
 def _is_optimizer(node: dict[Any, Any]) -> bool:
@@ -108,7 +113,7 @@ def _is_state_dict(node: dict[Any, Any]) -> bool:
     """Tensors, and beside them only what a state_dict may hold; or dicts of nothing but tensors (then their names are joined)."""
     tensors = sum(map(_is_tensor, node.values()))
     others = [value for value in node.values() if not _is_tensor(value) and not isinstance(value, _SCALARS)]
-    if not tensors or not any(isinstance(value, Placed) for value in node.values()):
+    if not tensors or not any(isinstance(value, (Placed, Composite)) for value in node.values()):
         return False
     if any(isinstance(value, dict) and not _only_tensors(value) for value in others) or any(map(_is_module, others)):
         # {"model": {…}, "loss": tensor}: the tensors beside a state_dict are not one
@@ -133,6 +138,7 @@ def _is_parameter_tree(node: dict[Any, Any]) -> bool:
 
 def _from_dict(node: dict[Any, Any], path: str) -> Container:
     tensors: dict[str, Placed] = {}
+    composites: dict[str, Composite] = {}
     unsupported: dict[str, str] = {}
     skipped: dict[str, str] = {}
     seen: set[str] = set()
@@ -146,12 +152,14 @@ def _from_dict(node: dict[Any, Any], path: str) -> Container:
         seen.add(name)
         if isinstance(value, Placed):
             tensors[name] = value
+        elif isinstance(value, Composite):
+            composites[name] = value
         elif isinstance(value, Unsupported):
             unsupported[name] = value.kind
         else:
             skipped[name] = value.name if isinstance(value, Foreign) else type(value).__name__
     versions = node.metadata if isinstance(node, Ordered) else None
-    return Container(path, tensors, _versions(versions), skipped, unsupported)
+    return Container(path, tensors, _versions(versions), skipped, composites, unsupported)
 
 
 def _leaves(node: dict[Any, Any], parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -160,6 +168,8 @@ def _leaves(node: dict[Any, Any], parts: tuple[str, ...]) -> Iterator[tuple[tupl
             raise Refusal("a state_dict's keys must be text", code="CK306", found=printable(key))
         if isinstance(value, dict):
             yield from _leaves(value, (*parts, str(key)))
+        elif _holds_tensors(value):
+            yield from _leaves(dict(enumerate(value)), (*parts, str(key)))
         else:
             yield (*parts, str(key)), value
 
@@ -176,7 +186,7 @@ def _versions(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _is_module(node: Any) -> bool:
-    return (
+    return _is_scripted(node) or (
         isinstance(node, Foreign)
         and isinstance(node.state, dict)
         and isinstance(node.state.get("_modules"), dict)
@@ -184,8 +194,29 @@ def _is_module(node: Any) -> bool:
     )
 
 
+def _is_scripted(node: Any) -> bool:
+    """A module of a TorchScript archive: its parameters, buffers, attributes and submodules all stand in its state."""
+    return isinstance(node, Foreign) and node.name.startswith("__torch__.") and isinstance(node.state, dict)
+
+
+_Entries = list[tuple[Any, Any]]
+
+
+def _scripted_parts(node: Foreign) -> tuple[_Entries, _Entries]:
+    tensors = [(key, value) for key, value in node.state.items() if isinstance(value, (Placed, Composite, Unsupported))]
+    return tensors, [(key, value) for key, value in node.state.items() if _is_scripted(value)]
+
+
+def _module_parts(node: Foreign) -> tuple[_Entries, _Entries]:
+    state = node.state
+    transient = state.get("_non_persistent_buffers_set") or []
+    buffers = [(key, value) for key, value in (state.get("_buffers") or {}).items() if key not in transient]
+    return [*state["_parameters"].items(), *buffers], [(key, child) for key, child in state["_modules"].items() if _is_module(child)]
+
+
 def _from_module(module: Foreign, path: str) -> Container:
     tensors: dict[str, Placed] = {}
+    composites: dict[str, Composite] = {}
     unsupported: dict[str, str] = {}
     skipped: dict[str, str] = {}
     stack: list[tuple[Foreign, tuple[str, ...]]] = [(module, ())]
@@ -195,12 +226,7 @@ def _from_module(module: Foreign, path: str) -> Container:
             raise Refusal(f"modules nest deeper than {MAX_DEPTH}", code="CK304")
         if len(tensors) > MAX_NODES:
             raise Refusal("the modules never end", code="CK304")
-        state = node.state
-        transient = state.get("_non_persistent_buffers_set") or []
-        entries = [
-            *state["_parameters"].items(),
-            *((key, value) for key, value in (state.get("_buffers") or {}).items() if key not in transient),
-        ]
+        entries, children = _scripted_parts(node) if _is_scripted(node) else _module_parts(node)
         for key, value in entries:
             name = ".".join((*parts, str(key)))
             reason = unusable(name)
@@ -208,13 +234,14 @@ def _from_module(module: Foreign, path: str) -> Container:
                 raise Refusal(f"{reason}: {printable(name)!r}", code="CK306")
             if isinstance(value, Placed):
                 tensors[name] = value
+            elif isinstance(value, Composite):
+                composites[name] = value
             elif isinstance(value, Unsupported):
                 unsupported[name] = value.kind
             elif value is not None:
                 skipped[name] = value.name if isinstance(value, Foreign) else type(value).__name__
-        children = [(child, (*parts, str(key))) for key, child in state["_modules"].items() if _is_module(child)]
-        stack.extend(reversed(children))
-    return Container(path, tensors, {}, skipped, unsupported)
+        stack.extend((child, (*parts, str(key))) for key, child in reversed(children))
+    return Container(path, tensors, {}, skipped, composites, unsupported)
 
 
 def _strangers(tree: Any) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.base import Foreign, Placed, Unsupported
+from ckptconv.formats.base import Composite, Foreign, Keyed, Placed, Unsupported
 from ckptconv.formats.rebuilding import DICTS, KNOWN, Global, Ordered, StorageRef, malformed
 from ckptconv.formats.strangers import refused_reason
 from ckptconv.spec import MAX_ELEMENTS
@@ -252,6 +252,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int, float, bool, bytes, type(None)):
                 # Hashing nested tuples can take for ever; such keys stand in tables that are no tensors, and are kept under a text.
+                if isinstance(key, Foreign):
+                    value = Keyed(key, value)  # noqa: PLW2901
                 key = f"<{type(key).__name__} {len(target)}>"  # noqa: PLW2901
             if key in target:
                 raise malformed(f"the key {printable(key)!r} stands twice", self.at, code="CK306")
@@ -270,7 +272,7 @@ class _Machine:
         elif isinstance(target, Ordered) and isinstance(state, dict) and not set(state) - {"_metadata"}:
             target.metadata = state.get("_metadata")
         else:
-            kind = "tensor" if isinstance(target, (Placed, Unsupported)) else type(target).__name__
+            kind = "tensor" if isinstance(target, (Placed, Composite, Unsupported)) else type(target).__name__
             raise malformed(f"the file sets attributes on a {kind}", self.at)
 
     def new(self, kind: Any, arguments: Any) -> Any:

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.base import Foreign, Placed, Storage, Unsupported
+from ckptconv.formats.base import Composite, Foreign, Placed, Storage, Unsupported
 from ckptconv.formats.dtypes import QUANTISED_STORAGES, STORAGE_DTYPES, TORCH_DTYPES
 from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, TensorSpec, contiguous_strides
 
@@ -37,6 +37,7 @@ class StorageRef:
     storage: Storage
     nbytes: int
     quantised: bool = False
+    kind: str = ""  #: of a quantised storage, its class
 
 
 def malformed(what: str, at: int = -1, *, code: str = "CK304", found: str = "") -> Refusal:
@@ -72,7 +73,7 @@ def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | 
     if len(shape) != len(strides):
         raise malformed("a tensor with more sizes than strides, or fewer", code="CK305", found=f"{list(shape)} and {list(strides)}")
     if reference.quantised:
-        return Unsupported("quantized")
+        return Unsupported("quantized")  # without a quantiser beside it, its numbers mean nothing
     dtype = dtype or reference.dtype
     if dtype is None:
         raise malformed("a tensor without a dtype", code="CK305")
@@ -99,7 +100,8 @@ def _tensor_v3(arguments: tuple[Any, ...]) -> Placed | Unsupported:
 
 def _inner(arguments: tuple[Any, ...]) -> Any:
     """``_rebuild_parameter(data, requires_grad, hooks)``: the tensor, whatever hooks come with it."""
-    return arguments[0] if arguments and isinstance(arguments[0], (Placed, Unsupported)) else Unsupported("parameter of unknown data")
+    known = (Placed, Composite, Unsupported)
+    return arguments[0] if arguments and isinstance(arguments[0], known) else Unsupported("parameter of unknown data")
 
 
 def _from_type(arguments: tuple[Any, ...]) -> Any:
@@ -110,12 +112,63 @@ def _from_type(arguments: tuple[Any, ...]) -> Any:
     rebuild = KNOWN.get(function)
     if rebuild is None or function not in _TENSORS:
         raise Refusal(f"a tensor subclass is to be rebuilt by {printable(function)}", code="CK303", try_="ask the author for plain tensors")
+    if kind.endswith(".DTensor") and function == "torch._utils._rebuild_wrapper_subclass":
+        return _whole_dtensor(arguments[2], arguments[3])
     made = rebuild(arguments[2])
     return (
         made
         if kind in ("torch.nn.parameter.Parameter", "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer")
         else Unsupported(kind)
     )
+
+
+def _whole_dtensor(arguments: tuple[Any, ...], state: Any) -> Any:
+    """A DTensor's local tensor, where it is the whole of it (one rank, or replicated); a shard of one is only named."""
+    slots = state[1] if isinstance(state, tuple) and len(state) == 2 else state
+    local = slots.get("_local_tensor") if isinstance(slots, dict) else None
+    if not isinstance(local, Placed) or len(arguments) < 3 or local.spec.shape != _sizes(arguments[2], "shape"):
+        return Unsupported("DTensor shard" if isinstance(local, Placed) else "DTensor")
+    return local
+
+
+def _sparse(arguments: tuple[Any, ...]) -> Composite | Unsupported:
+    """``_rebuild_sparse_tensor(layout, (indices, values, size, …))``, or row pointers, columns, values and size."""
+    if len(arguments) != 2 or not isinstance(arguments[0], Foreign) or not isinstance(arguments[1], tuple):
+        return Unsupported("sparse")
+    layout = arguments[0].arguments[:1]
+    parts = {("torch.sparse_coo",): ("indices", "values"), ("torch.sparse_csr",): ("rows", "columns", "values")}.get(layout)
+    if parts is None or len(arguments[1]) <= len(parts) or not all(isinstance(part, Placed) for part in arguments[1][: len(parts)]):
+        return Unsupported("sparse")
+    placed = dict(zip(parts, arguments[1], strict=False))
+    shape = _sizes(arguments[1][len(parts)], "size")
+    if prod(n or 1 for n in shape) > MAX_EXPANDED:
+        raise malformed("a sparse tensor that is too large to be written out", code="CK305", found=str(list(shape)))
+    return Composite("coo" if len(parts) == 2 else "csr", TensorSpec(shape, placed["values"].spec.dtype), placed)
+
+
+def _quantised(arguments: tuple[Any, ...]) -> Composite | Unsupported:
+    """``_rebuild_qtensor(storage, offset, size, stride, (scheme, scale, zero point[, axis]), …)``: its integers and how to read them."""
+    if len(arguments) < 5 or not isinstance(arguments[0], StorageRef) or not isinstance(arguments[4], tuple):
+        raise malformed("a quantised tensor that is none", code="CK305")
+    integers = _QUANTISED.get(arguments[0].kind)
+    scheme, *rest = arguments[4] or ("",)
+    if integers is None or not isinstance(scheme, Global):
+        return Unsupported("quantized")
+    plain = StorageRef(integers, arguments[0].storage, arguments[0].nbytes)
+    numbers = _tensor((plain, *arguments[1:4]))
+    if not isinstance(numbers, Placed):
+        return Unsupported("quantized")
+    spec = TensorSpec(numbers.spec.shape, DType.float32)
+    if scheme.name == "torch.per_tensor_affine" and len(rest) == 2 and all(type(value) in (int, float) for value in rest):
+        return Composite("int8", spec, {"numbers": numbers, "scales": float(rest[0]), "zeros": float(rest[1])})
+    if scheme.name != "torch.per_channel_affine" or len(rest) != 3 or type(rest[2]) is not int or not 0 <= rest[2] < len(spec.shape):
+        return Unsupported("quantized")
+    scales, zeros, axis = rest
+    if not isinstance(scales, Placed) or not isinstance(zeros, Placed):
+        return Unsupported("quantized")
+    if scales.spec.shape != (spec.shape[axis],) or zeros.spec.shape != (spec.shape[axis],):
+        raise malformed("a quantised tensor whose scales do not fit", code="CK305", found=f"{scales.spec} for {spec}")
+    return Composite("int8", spec, {"numbers": numbers, "scales": scales, "zeros": zeros}, axis=axis)
 
 
 def _encode(arguments: tuple[Any, ...]) -> bytes:
@@ -154,6 +207,8 @@ def _size(arguments: tuple[Any, ...]) -> tuple[int, ...]:
     return _sizes(arguments[0] if arguments else (), "size")
 
 
+#: The integers of torch's quantised storages; those of less than a byte are only named.
+_QUANTISED = {"QInt8Storage": DType.int8, "QUInt8Storage": DType.uint8, "QInt32Storage": DType.int32}
 DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
 _TENSORS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
@@ -161,8 +216,8 @@ _TENSORS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _inner,
     "torch._utils._rebuild_parameter_with_state": _inner,
-    "torch._utils._rebuild_qtensor": _unsupported("quantized"),
-    "torch._utils._rebuild_sparse_tensor": _unsupported("sparse"),
+    "torch._utils._rebuild_qtensor": _quantised,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_sparse_csr_tensor": _unsupported("sparse"),
     "torch._utils._rebuild_nested_tensor": _unsupported("nested"),
     "torch._utils._rebuild_meta_tensor_no_storage": _unsupported("meta"),
@@ -182,5 +237,7 @@ KNOWN: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "copy_reg._reconstructor": _reconstructed,
     "copyreg.__newobj__": _reconstructed,
     **dict.fromkeys(DICTS, _mapping),
+    **{f"torch.jit._pickle.build_{kind}list": _plain_list for kind in ("int", "double", "bool", "tensor")},
+    "torch.jit._pickle.restore_type_tag": lambda arguments: arguments[0] if arguments else None,
     **{f"{builtins}.{name}": _plain_list for builtins in ("builtins", "__builtin__") for name in ("set", "frozenset", "list")},
 }

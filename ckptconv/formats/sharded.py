@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.base import Container, Contents, Placed, Storage
+from ckptconv.formats.base import Composite, Container, Contents, Placed
+from ckptconv.formats.joining import shifted
 from ckptconv.formats.strict import opened, parse_json, read_at
 from ckptconv.spec import Manifest, TensorSpec
 
@@ -94,7 +95,7 @@ def read_index(path: Path) -> Contents:
     shards = sorted(set(shard_of.values()))
     _check_complete(shards)
     parts = [_read_shard(folder, shard) for shard in shards]
-    containers = [_at_file(_state_dict(shard, part), at) for at, (shard, part) in enumerate(zip(shards, parts, strict=True))]
+    containers = [shifted(_state_dict(shard, part), at) for at, (shard, part) in enumerate(zip(shards, parts, strict=True))]
     merged = _merged(containers, shards, shard_of)
     warnings = [f"{printable(shard)}: {warning}" for shard, part in zip(shards, parts, strict=True) for warning in part.warnings]
     # A tie counts once or twice, depending on who wrote the index.
@@ -193,26 +194,16 @@ def _state_dict(shard: str, contents: Contents) -> Container:
     return next(iter(containers.values()))
 
 
-def _at_file(container: Container, file: int) -> Container:
-    """The container with its tensors placed in file number ``file``."""
-    storages: dict[Storage, Storage] = {}
-    tensors: dict[str, Placed] = {}
-    for name, placed in container.tensors.items():
-        if placed.storage not in storages:
-            storages[placed.storage] = replace(placed.storage, file=file)
-        tensors[name] = replace(placed, storage=storages[placed.storage])
-    return replace(container, tensors=tensors)
-
-
 def _merged(containers: Sequence[Container], shards: Sequence[str], shard_of: Mapping[str, str]) -> Container:
     """One container of all shards, in their order. Raises where the index and the shards do not agree on every tensor."""
     home: dict[str, str] = {}
     tensors: dict[str, Placed] = {}
     versions: dict[str, Mapping[str, Any]] = {}
     skipped: dict[str, str] = {}
+    composites: dict[str, Composite] = {}
     unsupported: dict[str, str] = {}
     for shard, container in zip(shards, containers, strict=True):
-        names = [*container.tensors, *container.unsupported]
+        names = [*container.tensors, *container.composites, *container.unsupported]
         twice = [name for name in names if name in home]
         if twice:
             raise _refused("a tensor is in two shards", found=f"{_some(twice)} in {printable(home[twice[0]])} and {printable(shard)}")
@@ -225,11 +216,12 @@ def _merged(containers: Sequence[Container], shards: Sequence[str], shard_of: Ma
         tensors.update(container.tensors)
         versions.update(container.module_versions)
         skipped.update(container.skipped)
+        composites.update(container.composites)
         unsupported.update(container.unsupported)
     lost = [name for name, shard in shard_of.items() if home.get(name) != shard]
     if lost:
         raise _refused("a tensor is in the index but not in its shard", found=f"{_some(lost)}, wanted in {printable(shard_of[lost[0]])}")
-    return Container(".", tensors, versions, skipped, unsupported)
+    return Container(".", tensors, versions, skipped, composites, unsupported)
 
 
 def _common(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -53,8 +53,6 @@ def read(path: Path) -> Contents:
     """
     with opened(path) as descriptor:
         records = directory(descriptor)
-        if "constants.pkl" in records:
-            raise _scripted()
         if "data.pkl" not in records:
             raise _bad("the archive has no data.pkl: it was not written by torch.save", code="CK301")
         big_endian = _byte_order(descriptor, records)
@@ -66,21 +64,23 @@ def read(path: Path) -> Contents:
         metadata = _own_metadata(descriptor, records)
     storages = _Storages(records, big_endian)
     tree, _ = run(raw, storages.resolve)
+    scripted = "constants.pkl" in records
     spare = [name for name in records if name not in _KNOWN and name.removeprefix("data/") not in storages.seen]
-    warnings = (f"{len(spare)} records belong to no tensor ({printable(', '.join(spare[:3]))}); they are left behind",) if spare else ()
+    if scripted:
+        spare = [name for name in spare if not name.startswith(("code/", "constants")) and name != "attributes.pkl"]
+    warnings: tuple[str, ...] = (
+        (f"{len(spare)} records belong to no tensor ({printable(', '.join(spare[:3]))}); they are left behind",) if spare else ()
+    )
+    if scripted:
+        warnings += ("a TorchScript archive: its tensors are read, its code is neither run nor carried along",)
     return contents_from_tree("torch", (path,), tree, metadata=metadata, warnings=warnings)
-
-
-def _scripted() -> Refusal:
-    hint = "torch.jit.load it where you trust it, and torch.save(module.state_dict(), …)"
-    return _bad("this is a TorchScript archive: it holds code, which is never run; export a state_dict", code="CK301", try_=hint)
 
 
 class _Storages:
     """Storage keys to records; each key is declared in one way only."""
 
-    def __init__(self, records: Mapping[str, Record], big_endian: bool) -> None:
-        self.records, self.big_endian = records, big_endian
+    def __init__(self, records: Mapping[str, Record], big_endian: bool, file: int = 0) -> None:
+        self.records, self.big_endian, self.file = records, big_endian, file
         self.seen: dict[str, tuple[str, int, StorageRef]] = {}
 
     def resolve(self, kind: str, key: str, count: int, view: Any) -> StorageRef:
@@ -105,7 +105,8 @@ class _Storages:
                 code="CK306",
                 found=f"{count * width:,} bytes declared, {record.nbytes:,} stored",
             )
-        made = StorageRef(dtype, Storage(0, record.offset, record.nbytes, record.crc32, self.big_endian), record.nbytes, quantised)
+        placed = Storage(self.file, record.offset, record.nbytes, record.crc32, self.big_endian)
+        made = StorageRef(dtype, placed, record.nbytes, quantised, kind if quantised else "")
         self.seen[key] = (kind, count, made)
         return made
 
@@ -137,13 +138,29 @@ def _own_metadata(descriptor: int, records: Mapping[str, Record]) -> dict[str, s
     return data
 
 
-def directory(descriptor: int) -> dict[str, Record]:
-    """Every record by its name without the archive's, all of them checked against their own headers and each other."""
-    size = os.fstat(descriptor).st_size
-    count, length, start, end = _end_records(descriptor, size)
+def read_embedded(path: Path, descriptor: int, file: int, base: int, nbytes: int) -> Any:
+    """The object of a torch zip that lies inside another file, at ``base``; its tensors are placed in file number ``file``."""
+    if not 0 <= base <= base + nbytes <= os.fstat(descriptor).st_size:
+        raise _bad("an archive inside the file reaches past its end", code="CK302", found=printable(path.name))
+    records = directory(descriptor, base, nbytes)
+    if "data.pkl" not in records or records["data.pkl"].nbytes > MAX_PICKLE:
+        raise _bad("an archive inside the file was not written by torch.save", code="CK301", found=printable(path.name))
+    storages = _Storages(records, _byte_order(descriptor, records), file)
+    return run(read_at(descriptor, records["data.pkl"].nbytes, records["data.pkl"].offset), storages.resolve)[0]
+
+
+def directory(descriptor: int, base: int = 0, size: int | None = None) -> dict[str, Record]:
+    """Every record by its name without the archive's, all of them checked against their own headers and each other.
+
+    The archive is the whole file, or ``size`` bytes of it from ``base``; offsets of records count from the file's start.
+    """
+    size = os.fstat(descriptor).st_size if size is None else size
+    count, length, start, end = _end_records(descriptor, base, size)
     if count > MAX_RECORDS:
         raise _bad(f"the archive has {count:,} records; at most {MAX_RECORDS:,} are read", code="CK304")
-    central = read_at(descriptor, length, start)
+    if start + length > size:
+        raise _bad("the archive's directory reaches past its end", code="CK302")
+    central = read_at(descriptor, length, base + start)
     if start + length > end:
         raise _bad("the archive's directory reaches past its end", code="CK302")
     found: dict[str, Record] = {}
@@ -162,9 +179,10 @@ def directory(descriptor: int) -> dict[str, Record]:
         at += name_n + extra_n + comment_n
         packed, plain, header = _wide(extra, packed, plain, header)
         whole = _name(raw_name)
-        if whole.partition("/")[2].startswith("code/"):
-            raise _scripted()
-        if method or packed != plain:
+        code = whole.partition("/")[2].startswith("code/")  # of a TorchScript archive: it lies there, and is never looked at
+        if code and method in (0, 8):
+            plain = packed
+        elif method or packed != plain:
             raise _bad(f"record {printable(whole)!r} is compressed; torch stores records as they are", code="CK306")
         if flags & 0x41 or disk:
             raise _bad(f"record {printable(whole)!r} is encrypted, or on another disk", code="CK306")
@@ -174,10 +192,10 @@ def directory(descriptor: int) -> dict[str, Record]:
         prefix = top
         if name in found:
             raise _bad(f"record {printable(name)!r} occurs twice", code="CK306")
-        offset = _data_offset(descriptor, header, raw_name, size, name)
+        offset = _data_offset(descriptor, base, header, raw_name, size, name)
         if offset + plain > start:
             raise _bad(f"record {printable(name)!r} reaches past the end of the data", code="CK302")
-        found[name] = Record(name, header, offset, plain, crc)
+        found[name] = Record(name, base + header, base + offset, plain, crc)
         spans.append((header, offset + plain, name))
     if at != length:
         raise _bad("the archive's directory has bytes that belong to no record", code="CK306")
@@ -190,13 +208,13 @@ def directory(descriptor: int) -> dict[str, Record]:
     return found
 
 
-def _end_records(descriptor: int, size: int) -> tuple[int, int, int, int]:
+def _end_records(descriptor: int, base: int, size: int) -> tuple[int, int, int, int]:
     """(records, bytes of the directory, where it starts, where it must have ended)."""
     tail_at = max(0, size - 22 - 20 - 56)
-    tail = read_at(descriptor, size - tail_at, tail_at)
+    tail = read_at(descriptor, size - tail_at, base + tail_at)
     if len(tail) < 22 or tail[-22:-18] != b"PK\5\6":
         longer_at = max(0, size - 65_600)
-        longer = read_at(descriptor, size - longer_at, longer_at)
+        longer = read_at(descriptor, size - longer_at, base + longer_at)
         end_at = longer.rfind(b"PK\5\6")
         if 0 <= end_at <= len(longer) - 22:
             raise _bad("bytes follow the end of the archive", code="CK306", try_="the file was appended to, or cut in the wrong place")
@@ -209,7 +227,7 @@ def _end_records(descriptor: int, size: int) -> tuple[int, int, int, int]:
         _, wide_at, disks = struct.unpack_from("<IQI", tail, len(tail) - 38)
         if disks > 1 or wide_at + 56 > size - 42:
             raise _bad("the archive's 64-bit end record is damaged", code="CK302")
-        wide = read_at(descriptor, 56, wide_at)
+        wide = read_at(descriptor, 56, base + wide_at)
         if wide[:4] != b"PK\6\6":
             raise _bad("the archive's 64-bit end record is damaged", code="CK302")
         wide_here, wide_count, wide_length, wide_start = struct.unpack_from("<4Q", wide, 24)
@@ -262,11 +280,11 @@ def _name(raw: bytes) -> str:
     return name
 
 
-def _data_offset(descriptor: int, header: int, raw_name: bytes, size: int, name: str) -> int:
+def _data_offset(descriptor: int, base: int, header: int, raw_name: bytes, size: int, name: str) -> int:
     """Where the record's bytes start, after its own header; which must say the same name."""
     if not 0 <= header <= size - 30:
         raise _bad(f"record {printable(name)!r} starts outside the file", code="CK302")
-    local = os.pread(descriptor, 30 + len(raw_name), header)
+    local = os.pread(descriptor, 30 + len(raw_name), base + header)
     if len(local) != 30 + len(raw_name) or local[:4] != b"PK\3\4":
         raise _bad(f"record {printable(name)!r} has no header where the directory points", code="CK302")
     name_n, extra_n = struct.unpack_from("<HH", local, 26)

@@ -33,13 +33,20 @@ def find(word: str) -> RuleFile:
             hint = f"the built-in rule {close!r}" if close else "ckptconv rules list"
             raise UsageError(Problem("CK105", "there is no such rule file", where=printable(word), try_=hint))
         return load(path, shown=word)
+    found = path_of(word)
+    return load(found, shown=f"rules/{found.relative_to(folder())}", builtin=True)
+
+
+def path_of(word: str) -> Path:
+    """The file of the built-in rule ``NAME`` or ``NAME@REVISION``. Raises CK105 with the nearest name where there is none."""
     name, at, revision = word.partition("@")
     found = next((path for path in sorted(folder().glob("*.yaml")) if path.stem == name), None)
     if found is None:
         close = nearest(name, names())
         hint = f"did you mean {close!r}?" if close else "ckptconv rules list, or the path of a rule file"
         raise UsageError(Problem("CK105", f"there is no built-in rule {printable(name)!r}", try_=hint))
-    rules = load(found, shown=f"rules/{found.relative_to(folder())}", builtin=True)
-    if at and revision != str(rules.header.revision):
-        raise UsageError(Problem("CK105", f"the built-in rule {name!r} has revision {rules.header.revision}, not {printable(revision)}"))
-    return rules
+    if at:
+        have = load(found, builtin=True).header.revision
+        if revision != str(have):
+            raise UsageError(Problem("CK105", f"the built-in rule {name!r} has revision {have}, not {printable(revision)}"))
+    return found

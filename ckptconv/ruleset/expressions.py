@@ -263,6 +263,21 @@ def _count_below(*values: Any) -> int:
     return sum(item < limit for item in _integers("count_below", values[0])) if values[0] else 0
 
 
+def _by_name(*values: Any) -> Any:
+    """``by_name(table, text, default)``: the value whose key the text ends with, a key being a regular expression, as PEFT reads it."""
+    if len(values) != 3 or not isinstance(values[0], Mapping) or not isinstance(values[1], str):
+        raise Refusal("by_name() takes a table, text, and what else", code="CK104", found=printable(values))
+    import re2
+
+    for key, value in values[0].items():
+        try:
+            if re2.fullmatch(rf"(?:.*\.)?(?:{key})", values[1]) is not None:
+                return value
+        except re2.error:
+            raise Refusal("by_name(): a key of the table is no regular expression", code="CK104", found=printable(key)) from None
+    return values[2]
+
+
 #: ``first`` and ``shape`` are handled by :func:`evaluate`: one is lazy, the other needs the table of tensors.
 FUNCTIONS: Mapping[str, Callable[..., Any] | None] = {
     "first": None,
@@ -272,6 +287,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any] | None] = {
     "min": lambda *values: min(_integers("min", _spread(values))),
     "max": lambda *values: max(_integers("max", _spread(values))),
     "count_below": _count_below,
+    "by_name": _by_name,
 }
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ from ckptconv.ruleset.yamlfile import YamlFile
 from ckptconv.spec import DType, TensorSpec
 
 MAX_STEPS = 10_000
+MAX_INCLUDES = 8
 _MODIFIERS = ("when", "optional", "note")
 _VERSION = re.compile(r"(>=|<=|==|!=|<|>)\s*([0-9]+(?:\.[0-9]+){0,2})")
 _FIXED = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True)
@@ -134,6 +135,7 @@ class RuleStep:
     number: int
     line: int
     where: str
+    included: RuleFile | None = None  #: of an `include`: the rule file that it means
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class RuleFile:
         return f"{self.header.name}@{self.header.revision}"
 
 
-def load(path: Path, *, shown: str | None = None, builtin: bool = False) -> RuleFile:
+def load(path: Path, *, shown: str | None = None, builtin: bool = False, within: tuple[Path, ...] = ()) -> RuleFile:
     """Reads and validates a rule file. Raises :class:`~ckptconv.errors.UsageError` with every problem in it."""
     name = shown or str(path)
     try:
@@ -163,11 +165,13 @@ def load(path: Path, *, shown: str | None = None, builtin: bool = False) -> Rule
             raw = stream.read(yamlfile.MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(Problem("CK105", f"the rule file cannot be read: {error.strerror}", where=name)) from None
-    return parse(raw, name, stem=path.stem, folder=path.parent, builtin=builtin)
+    return parse(raw, name, stem=path.stem, folder=path.parent, builtin=builtin, within=(*within, path.resolve()))
 
 
-def parse(raw: bytes, name: str, *, stem: str | None = None, folder: Path | None = None, builtin: bool = False) -> RuleFile:
-    """A rule file from its bytes; ``name`` is what messages call it."""
+def parse(
+    raw: bytes, name: str, *, stem: str | None = None, folder: Path | None = None, builtin: bool = False, within: tuple[Path, ...] = ()
+) -> RuleFile:
+    """A rule file from its bytes; ``name`` is what messages call it, ``within`` the files that are including it."""
     document = yamlfile.load(raw, name)
     data = document.data
     if not isinstance(data, dict):
@@ -179,11 +183,55 @@ def parse(raw: bytes, name: str, *, stem: str | None = None, folder: Path | None
         problems.append(
             Problem("CK102", f"name must be the file's stem: {stem!r}", where=document.where(("name",)), found=repr(header.name))
         )
+    parsed = _with_included(document, parsed, folder, within, problems)
     if problems or header is None:
         raise UsageError(problems)
-    meaning = {key: value for key, value in data.items() if key not in ("tests", "summary", "description", "revision")}
+    meaning: dict[str, Any] = {key: value for key, value in data.items() if key not in ("tests", "summary", "description", "revision")}
+    included = [each.included.digest for each in parsed if each.included is not None]
+    if included:  # what an included rule means is part of what this one means
+        meaning = {"rule": meaning, "included": included}
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
     return RuleFile(header, parsed, name, folder, digest, builtin)
+
+
+def _with_included(
+    document: YamlFile, found: Sequence[RuleStep], folder: Path | None, within: tuple[Path, ...], problems: list[Problem]
+) -> tuple[RuleStep, ...]:
+    """The steps, each `include` with the rule file that it means: in the rule's own folder, or built in."""
+    whole = []
+    for each in found:
+        included = None
+        if isinstance(each.step, steps.Include):
+            try:
+                included = _included(each.step.rules, folder, within)
+            except Refusal as refusal:
+                problems.append(refusal.at(document.where(("steps", each.number - 1))))
+            except UsageError as error:
+                problems.extend(error.problems)
+        whole.append(replace(each, included=included))
+    return tuple(whole)
+
+
+def _included(word: str, folder: Path | None, within: tuple[Path, ...]) -> RuleFile:
+    from ckptconv.ruleset import builtin
+
+    if len(within) > MAX_INCLUDES:
+        raise Refusal(f"rule files include each other more than {MAX_INCLUDES} deep", code="CK102", found=printable(word))
+    if word.endswith((".yaml", ".yml")):
+        path = Path(word)
+        if folder is None or path.is_absolute() or ".." in path.parts:
+            raise Refusal(
+                "an included file lies in the rule's own folder", code="CK102", found=printable(word), try_="a plain relative path"
+            )
+        path = folder / path
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise Refusal("an included file lies in the rule's own folder, also behind links", code="CK102", found=printable(word))
+        is_builtin = False
+    else:
+        path, is_builtin = builtin.path_of(word), True
+    if path.resolve() in within:
+        raise Refusal("a rule file includes itself", code="CK102", found=printable(word))
+    return load(path, shown=printable(str(path)) if not is_builtin else f"rules/{path.name}", builtin=is_builtin, within=within)
 
 
 def _header(document: YamlFile, data: dict[str, Any], problems: list[Problem]) -> Header | None:

@@ -167,6 +167,8 @@ class Pattern:
         """What the placeholders capture when ``name`` matches as a whole, else None. A choice captures its right-hand word."""
         if not name.startswith(self.head) or not name.endswith(self.tail):
             return None
+        if "::" in name and "::" not in self.text:  # the tensors of another source are matched only by patterns that name one
+            return None
         if self.literal is not None:
             return {} if name == self.literal else None
         found = self._compiled.fullmatch(name)
@@ -223,7 +225,7 @@ def _parse_template(text: str) -> Pattern:
             continue
         if token.kind == "deep":
             before, after = tokens[at - 1] if at else None, tokens[at + 1] if at + 1 < len(tokens) else None
-            starts = before is None or (isinstance(before, str) and before.endswith("."))
+            starts = before is None or (isinstance(before, str) and before.endswith((".", "::")))
             ends = after is None or (isinstance(after, str) and after.startswith("."))
             if not starts or not ends:
                 raise _bad("`**` stands for whole parts of a name: a dot, or the name's end, must be on both sides", text)

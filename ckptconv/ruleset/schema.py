@@ -49,5 +49,6 @@ def _short_forms(op: str) -> list[dict[str, Any]]:
         "strip_infix": [text, texts],
         "drop": [text, texts],
         "keep": [text, texts],
+        "include": [text],
     }
     return forms.get(op, [])

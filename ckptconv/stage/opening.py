@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ckptconv import formats, target
 from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, UsageError, printable
-from ckptconv.formats.base import Container, Contents
+from ckptconv.formats.base import Composite, Container, Contents, Placed
+from ckptconv.formats.joining import shifted, together
 from ckptconv.names import nearest
 from ckptconv.ruleset.builtin import find
 from ckptconv.ruleset.model import RuleFile
@@ -23,16 +24,23 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint and the state_dict in it that is meant."""
+    """An opened checkpoint and the state_dict in it that is meant; with it others, whose names start with ``NAME::``."""
 
     path: Path
     contents: Contents
     container: Container
-    manifest: Manifest
+    manifest: Manifest  #: of everything that has bytes: what a plan reads
+    placed: Mapping[str, Placed]
+    also: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def files(self) -> Sequence[Path]:
         return self.contents.files
+
+    @property
+    def composites(self) -> Mapping[str, Composite]:
+        """What is stored in parts (sparse, quantised, chunks): the plan puts it together."""
+        return self.container.composites
 
 
 def rule_file(rules: str | Path | RuleFile) -> RuleFile:
@@ -52,18 +60,45 @@ def contents_of(path: Path, format: str | None = None) -> Contents:  # noqa: A00
         raise InputError(Problem("CK310", f"the source cannot be opened: {error.strerror or error}", where=printable(path))) from None
 
 
-def open_source(path: Path, select: Sequence[str] = (), format: str | None = None) -> Source:  # noqa: A002
-    """The checkpoint at ``path`` with one state_dict chosen: the first of ``select`` that it has, or the only one."""
+def open_source(
+    path: Path,
+    select: Sequence[str] = (),
+    format: str | None = None,  # noqa: A002  (the field's own word)
+    also: Mapping[str, Path] | None = None,
+) -> Source:
+    """The checkpoint at ``path`` with one state_dict chosen: the first of ``select`` that it has, or the only one.
+
+    ``also`` are further checkpoints by name; their tensors are called ``NAME::tensor``.
+    """
     contents = contents_of(path, format)
-    container = choose(contents, select, path)
+    container = _supported(choose(contents, select, path), path)
+    for name, other in (also or {}).items():
+        more = contents_of(other)
+        chosen = _supported(choose(more, [each for each in select if each in more.containers], other), other)
+        container = together(container.path, [container, shifted(chosen, len(contents.files), f"{name}::")])
+        contents = replace(contents, files=(*contents.files, *more.files), warnings=(*contents.warnings, *more.warnings))
+    return Source(path, contents, container, container.stored_manifest, container.stored, also or {})
+
+
+def _supported(container: Container, path: Path) -> Container:
     if container.unsupported:
         shown = ", ".join(f"{printable(name)} ({kind})" for name, kind in list(container.unsupported.items())[:5])
-        raise InputError(
-            Problem(
-                "CK305", f"{len(container.unsupported)} tensors are of a kind that cannot be converted", where=printable(path), found=shown
+        what = f"{len(container.unsupported)} tensors are of a kind that cannot be converted"
+        raise InputError(Problem("CK305", what, where=printable(path), found=shown))
+    return container
+
+
+def named_paths(items: Iterable[str] | Mapping[str, Any]) -> dict[str, Path]:
+    """``--also adapter=PATH``: names to paths."""
+    pairs = items.items() if isinstance(items, Mapping) else [item.partition("=")[::2] for item in items]
+    found: dict[str, Path] = {}
+    for name, path in pairs:
+        if not _VARIABLE.fullmatch(name) or not str(path) or name in found or name == "config":
+            raise UsageError(
+                Problem("CK107", f"--also {printable(name)}={printable(path)}: want NAME=PATH, each name once", try_="--also adapter=lora/")
             )
-        )
-    return Source(path, contents, container, container.manifest)
+        found[name] = Path(path)
+    return found
 
 
 def choose(contents: Contents, select: Sequence[str], path: Path) -> Container:
@@ -109,13 +144,16 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def config_for(path: Path, given: Path | None) -> Mapping[str, Any] | None:
-    """``--config FILE``, else the ``config.json`` beside the source, else None."""
-    beside = (path if path.is_dir() else path.parent) / "config.json"
-    if given is None and not beside.is_file():
+    """``--config FILE``, else the config beside the source (``config.json``, PEFT's ``adapter_config.json``, Meta's ``params.json``)."""
+    folder = path if path.is_dir() else path.parent
+    beside = next((folder / name for name in ("config.json", "adapter_config.json", "params.json") if (folder / name).is_file()), None)
+    if given is None and beside is None:
         return None
-    config = read_json(given or beside, "the config")
+    found = given or beside
+    assert found is not None
+    config = read_json(found, "the config")
     if not isinstance(config, dict):
-        raise UsageError(Problem("CK107", "the config must be a JSON object", where=printable(given or beside)))
+        raise UsageError(Problem("CK107", "the config must be a JSON object", where=printable(found)))
     return config
 
 
@@ -149,5 +187,5 @@ def manifest_of_word(word: str, select: Sequence[str] = (), timeout: float = 300
     """The manifest that a word of ``diff`` means: a checkpoint, a saved manifest, or a target."""
     path = Path(word)
     if path.exists() and path.suffix != ".json":
-        return open_source(path, select).manifest
+        return open_source(path, select).container.manifest
     return target.manifest_of(target.parse(word, origin="command line", base=None), timeout=timeout)

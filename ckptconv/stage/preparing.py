@@ -18,7 +18,17 @@ from ckptconv.planner import make_plan
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.ruleset.patterns import Pattern
 from ckptconv.spec import Manifest
-from ckptconv.stage.opening import Source, config_for, manifest_of_word, open_source, parse_target, read_json, rule_file, variables
+from ckptconv.stage.opening import (
+    Source,
+    config_for,
+    manifest_of_word,
+    named_paths,
+    open_source,
+    parse_target,
+    read_json,
+    rule_file,
+    variables,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Options:
     set: Mapping[str, Any] | Sequence[str] = field(default_factory=dict)
     config: Path | None = None
     select: Sequence[str] = ()
+    also: Mapping[str, Any] | Sequence[str] = field(default_factory=dict)  #: further sources by name
     format: str | None = None  #: torch or safetensors; from the destination's suffix or the source where nothing is said
     shard_size: str | None = None
     verify: int | None = 3  #: the highest rung to climb; None: none at all
@@ -71,12 +82,13 @@ class Prepared:
 def prepare(rules: str | Path | RuleFile, source: Path, options: Options) -> Prepared:
     """Opens, plans and compares. Raises every problem of the first of these that has any; nothing is written."""
     parsed = rule_file(rules)
-    opened = open_source(source, options.select or parsed.header.select)
-    make = partial(make_plan, parsed, given=variables(options.set), config=config_for(source, options.config), untie=options.untie)
+    opened = open_source(source, options.select or parsed.header.select, also=named_paths(options.also))
+    given = {**{name: {"config": config_for(path, None) or {}} for name, path in opened.also.items()}, **variables(options.set)}
+    make = partial(make_plan, parsed, given=given, config=config_for(source, options.config), untie=options.untie)
     if options.reverse:
         plan = _backwards(make, opened, parsed, options)
         return _against_target(None, f"{parsed.label} reversed", parsed.file, parsed.digest, opened, plan, options)
-    plan = make(opened.manifest, shown_source=printable(source))
+    plan = make(opened.manifest, shown_source=printable(source), composites=opened.composites)
     return _against_target(parsed, parsed.label, parsed.file, parsed.digest, opened, plan, options)
 
 
@@ -88,7 +100,7 @@ def _backwards(make: Callable[..., Plan], opened: Source, rules: RuleFile, optio
                     try_="ckptconv run --reverse RULES SRC DST --like OLD")
         )  # fmt: skip
     forward = make(manifest_of_word(options.like, rules.header.select, options.timeout), shown_source=printable(options.like))
-    comparison = compare(opened.manifest, forward.manifest, Allow(unexpected=lambda _name: False))
+    comparison = compare(opened.container.manifest, forward.manifest, Allow(unexpected=lambda _name: False))
     if not comparison.fits:
         where = f"{printable(opened.path)} is not what {rules.label} makes of {printable(options.like)}"
         raise FitError([problem.at(where) for problem in comparison.problems()])
@@ -112,7 +124,7 @@ def prepare_saved(plan_file: Path, source: Path, options: Options) -> Prepared:
         label, file, digest, select = (str(data[key]) for key in ("rules", "rules_file", "rules_digest", "select"))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(Problem("CK107", f"not a plan of `ckptconv plan --out`: {printable(error)}", where=printable(plan_file))) from None
-    opened = open_source(source, [select])
+    opened = open_source(source, [select], also=named_paths(options.also))
     if opened.manifest.fingerprint != plan.source.fingerprint:
         different = sum(opened.manifest.tensors.get(name) != spec for name, spec in plan.source.tensors.items())
         extra = sum(name not in plan.source for name in opened.manifest.tensors)

@@ -101,7 +101,7 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
     with Staging(destination, is_folder=shape.is_folder, force=options.force) as staging, Sources(source.files) as opened:
         folder, files = staging.folder, [staging.path_of(file.name) for file in layout.files]
         metadata = dict(layout.files[0].metadata)
-        receipt = fill(prepared.plan, source.container.tensors, opened, _named(layout, files), folder, kept=kept, threads=options.threads,
+        receipt = fill(prepared.plan, source.placed, opened, _named(layout, files), folder, kept=kept, threads=options.threads,
                        max_memory=max_memory, progress=_counted(tell, "writing", prepared.plan.manifest.nbytes))  # fmt: skip
         seal_all(_named(layout, files), receipt, metadata, folder)
         if layout.index is not None:
@@ -109,7 +109,7 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
         ladder, source_digest = Ladder(), ""
         if options.verify is not None:
             nbytes = source.manifest.nbytes
-            digests = digest_tensors(opened, source.container.tensors, threads=options.threads, progress=_counted(tell, "reading", nbytes))
+            digests = digest_tensors(opened, source.placed, threads=options.threads, progress=_counted(tell, "reading", nbytes))
             source_digest = content_digest(source.manifest, digests)
             ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options), options.verify)
         opened.check_unchanged()
@@ -166,7 +166,7 @@ def _evidence(
 ) -> Evidence:
     return Evidence(
         files=files, read=lambda: formats.read(folder if shape.is_folder else files[0]), format=shape.format, plan=prepared.plan,
-        source=prepared.source.container.tensors, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
+        source=prepared.source.placed, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
         target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, container=prepared.source.container.path if options.keep_extras else ".", timeout=options.timeout, threads=options.threads,
     )  # fmt: skip
 

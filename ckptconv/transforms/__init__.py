@@ -13,13 +13,18 @@ from ckptconv.names import nearest
 from ckptconv.transforms.affine import Affine
 from ckptconv.transforms.base import Example, Piece, Transform
 from ckptconv.transforms.cast import Cast
+from ckptconv.transforms.combine import Combine
 from ckptconv.transforms.concat import Concat
+from ckptconv.transforms.decode import Decode
+from ckptconv.transforms.dense import Dense
 from ckptconv.transforms.guard import Guard
 from ckptconv.transforms.index import Index
 from ckptconv.transforms.pad import Pad
 from ckptconv.transforms.rearrange import Rearrange
+from ckptconv.transforms.reduce import Reduce
 from ckptconv.transforms.repeat import Repeat
 from ckptconv.transforms.reshape import Reshape
+from ckptconv.transforms.resize import Resize
 from ckptconv.transforms.slice import Slice
 
 #: Every transform there is. A new one is a file beside this one and a line here.
@@ -33,11 +38,17 @@ ALL: tuple[type[Transform], ...] = (
     Repeat,
     Affine,
     Cast,
+    Combine,
+    Reduce,
+    Resize,
+    Decode,
+    Dense,
     Guard,
 )
 
 __all__ = [
-    "ALL", "Affine", "Cast", "Concat", "Example", "Guard", "Index", "Pad", "Piece", "Rearrange", "Repeat", "Reshape", "Slice", "Transform", "parse",
+    "ALL", "Affine", "Cast", "Combine", "Concat", "Decode", "Dense", "Example", "Guard", "Index", "Pad", "Piece", "Rearrange", "Reduce", "Repeat", "Reshape",
+    "Resize", "Slice", "Transform", "parse",
 ]  # fmt: skip
 
 _OPS = tuple(each.model_fields["op"].default for each in ALL)

@@ -40,7 +40,7 @@ def test_arithmetic(text, value):
         ("1 +", "the expression ends too early"),
         ("(1", "expected ')'"),
         ("a b", "unexpected 'b'"),
-        ("__import__('os')", "there is no function '__import__' (there are count_below, first, has, len, max, min, shape)"),
+        ("__import__('os')", "there is no function '__import__' (there are by_name, count_below, first, has, len, max, min, shape)"),
         ("99999999999999999999", "an integer must fit into 64 bits"),
         ("a @ b", "'@' cannot stand in an expression"),
         ("(" * 40 + "1" + ")" * 40, "an expression nests at most 32 deep"),

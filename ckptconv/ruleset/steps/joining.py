@@ -59,13 +59,15 @@ class AlongStep(Step):
         """Axis name -> size, as expressions."""
         return dict(self.__pydantic_extra__ or {})
 
-    def opened(self, expr: Expr, lookup: Lookup) -> tuple[Expr, int]:
-        """The tensor with the named axis on its own, and which one it is."""
+    def opened(self, expr: Expr, lookup: Lookup, size: int | None = None) -> tuple[Expr, int]:
+        """The tensor with the named axis on its own, and which one it is. ``size`` is that axis', where nothing else says it."""
         if self.layout is None or self.along is None:
             return expr, axis_of(self.dim, expr)
         how = open_layout(self.layout, self.along)
-        sizes = tuple((name, integer(size, lookup, f"axis {name}", 1)) for name, size in self.axes.items())
-        return apply(Rearrange(pattern=how.opened, sizes=sizes), expr), how.axis
+        sizes = {name: integer(each, lookup, f"axis {name}", 1) for name, each in self.axes.items()}
+        if size is not None:
+            sizes.setdefault(self.along, size)
+        return apply(Rearrange(pattern=how.opened, sizes=tuple(sizes.items())), expr), how.axis
 
     def closed(self, expr: Expr) -> Expr:
         """The way back from :meth:`opened`."""
@@ -113,17 +115,18 @@ class Split(AlongStep):
         return replaced(table, results, context)
 
     def _cut(self, expr: Expr, count: int, lookup: Lookup) -> list[Expr]:
-        expr, axis = self.opened(expr, lookup)
+        given = None if self.sizes is None else [integer(part, lookup, "a size", 0) for part in self.sizes]
+        expr, axis = self.opened(expr, lookup, None if given is None else sum(given))
         named = self.along or str(self.dim)
         size = expr.spec.shape[axis]
-        if self.sizes is None:
+        if given is None:
             if size % count:
                 raise Refusal(
                     f"axis {named} has {size}, which is no multiple of {count}", code="CK206", found=str(expr.spec), try_="give sizes"
                 )
             sizes = [size // count] * count
         else:
-            sizes = [integer(part, lookup, "a size", 0) for part in self.sizes]
+            sizes = given
             if sum(sizes) != size:
                 raise Refusal(f"the sizes {sizes} add up to {sum(sizes)}, but axis {named} has {size}", code="CK206", found=str(expr.spec))
         parts: list[Expr] = []

@@ -1,0 +1,155 @@
+"""torch.distributed.checkpoint folders, read without a process group and without running anything of their pickle.
+
+``.metadata`` says which tensors there are, how each is cut into chunks, and where in the ``.distcp`` files every chunk lies as a torch
+zip of its own. A tensor of one chunk is placed as it is; one of several is a composite of boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptconv.errors import Refusal, printable
+from ckptconv.formats.base import Composite, Contents, Foreign, Keyed, Placed
+from ckptconv.formats.containers import contents_from_tree
+from ckptconv.formats.pickle_machine import run
+from ckptconv.formats.strict import opened, read_at
+from ckptconv.formats.torch_zip_reader import read_embedded
+from ckptconv.spec import Box, TensorSpec
+
+METADATA = ".metadata"
+MAX_METADATA = 256 << 20
+_CHUNK = "torch.distributed.checkpoint.metadata.ChunkStorageMetadata"
+
+
+def _bad(what: str, found: str = "") -> Refusal:
+    return Refusal(what, code="CK302", found=found, try_="save the checkpoint again with torch.distributed.checkpoint")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one chunk lies: which file, from which byte, how many."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+def read(folder: Path) -> Contents:
+    """The contents of a torch.distributed.checkpoint folder, as the tree of dicts that was saved.
+
+    Raises :class:`~ckptconv.errors.Refusal` CK302 for a folder whose parts do not fit each other, and for chunks that were transformed.
+    """
+    with opened(folder / METADATA) as descriptor:
+        import os
+
+        size = os.fstat(descriptor).st_size
+        if size > MAX_METADATA:
+            raise _bad(f".metadata has {size:,} bytes; at most {MAX_METADATA:,} are read")
+        raw = read_at(descriptor, size, 0)
+    metadata, _ = run(raw, _no_storage)
+    state = _state(metadata, "torch.distributed.checkpoint.metadata.Metadata")
+    entries, storage = state.get("state_dict_metadata"), state.get("storage_data")
+    if not isinstance(entries, dict) or not isinstance(storage, dict):
+        raise _bad(".metadata names no tensors, or not where they are")
+    places = _places(storage)
+    names = sorted({place.file for found in places.values() for place in found.values()})
+    for name in names:
+        if "/" in name or "\\" in name or name in ("", ".", "..") or (folder / name).is_symlink() or not (folder / name).is_file():
+            raise _bad("a data file is missing, or no plain file of the folder", printable(name))
+    flat: dict[str, Any] = {}
+    with ExitStack() as stack:
+        files = {name: (at, stack.enter_context(opened(folder / name))) for at, name in enumerate(names)}
+        for name, entry in entries.items():
+            if not isinstance(name, str):
+                raise _bad("a tensor without a name", printable(name))
+            flat[name] = _tensor(folder, name, entry, places.get(name, {}), files)
+    tree = _unflattened(flat, state.get("planner_data"))
+    return contents_from_tree("torch-distributed", tuple(folder / name for name in names), tree)
+
+
+def _no_storage(kind: str, key: str, count: int, view: Any) -> Any:  # noqa: ARG001  (the signature of a resolver)
+    raise _bad(".metadata refers to a storage")
+
+
+def _state(value: Any, kind: str) -> Mapping[str, Any]:
+    if not isinstance(value, Foreign) or value.name != kind or not isinstance(value.state, dict):
+        raise _bad(f".metadata holds something else than a {kind.rsplit('.', 1)[-1]}", printable(type(value).__name__))
+    return value.state
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or any(type(size) is not int or size < 0 for size in value):
+        raise _bad("a row of sizes in .metadata is none", printable(value))
+    return tuple(value)
+
+
+def _places(storage: Mapping[Any, Any]) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
+    """Tensor -> offsets of a chunk -> where it lies."""
+    found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
+    for entry in storage.values():
+        if not isinstance(entry, Keyed):
+            raise _bad(".metadata says in an unknown way where the chunks are")
+        key = _state(entry.key, "torch.distributed.checkpoint.metadata.MetadataIndex")
+        place = _state(entry.value, "torch.distributed.checkpoint.filesystem._StorageInfo")
+        if place.get("transform_descriptors"):
+            raise _bad("the chunks were transformed when they were saved (compressed, say)", printable(place["transform_descriptors"]))
+        name, offset = key.get("fqn"), key.get("offset")
+        numbers = place.get("offset"), place.get("length")
+        if (
+            not isinstance(name, str)
+            or not isinstance(place.get("relative_path"), str)
+            or any(type(number) is not int for number in numbers)
+        ):
+            raise _bad(".metadata says in an unknown way where the chunks are")
+        at = None if offset is None else _sizes(offset)
+        found.setdefault(name, {})[at] = _Place(place["relative_path"], place["offset"], place["length"])
+    return found
+
+
+def _tensor(
+    folder: Path, name: str, entry: Any, places: Mapping[tuple[int, ...] | None, _Place], files: Mapping[str, tuple[int, int]]
+) -> Any:
+    """The tensor called ``name``; for what is no tensor, its entry as it stands."""
+    if not isinstance(entry, Foreign) or not entry.name.endswith(".TensorStorageMetadata") or not isinstance(entry.state, dict):
+        return entry
+    shape, chunks = _sizes(entry.state.get("size")), entry.state.get("chunks")
+    if not isinstance(chunks, list) or not chunks:
+        raise _bad(f"{printable(name)} has no chunks")
+    parts: dict[str, Placed | float | int] = {}
+    boxes: list[Box] = []
+    for chunk in chunks:
+        fields = _state(chunk, _CHUNK)
+        start, size = _sizes(fields.get("offsets")), _sizes(fields.get("sizes"))
+        place = places.get(start)
+        if place is None or len(start) != len(shape) or any(a + n > s for a, n, s in zip(start, size, shape, strict=False)):
+            raise _bad(f"a chunk of {printable(name)} is missing, or outside of it", f"{list(start)} + {list(size)} of {list(shape)}")
+        at, descriptor = files[place.file]
+        placed = read_embedded(folder / place.file, descriptor, at, place.offset, place.nbytes)
+        if not isinstance(placed, Placed) or placed.spec.shape != size:
+            raise _bad(f"a chunk of {printable(name)} is not the tensor that .metadata says", f"{list(size)} wanted")
+        parts[f"[{', '.join(f'{a}:{a + n}' for a, n in zip(start, size, strict=True))}]"] = placed
+        boxes.append(Box(start, size))
+    first = next(iter(parts.values()))
+    assert isinstance(first, Placed)
+    if len(parts) == 1 and first.spec.shape == shape:
+        return first
+    return Composite("chunks", TensorSpec(shape, first.spec.dtype), parts, tuple(boxes))
+
+
+def _unflattened(flat: Mapping[str, Any], paths: Any) -> dict[Any, Any]:
+    """The dicts that were saved: ``paths`` (the planner's) says where each entry stood. Without it, one flat dict."""
+    tree: dict[Any, Any] = {}
+    for name, value in flat.items():
+        path = paths.get(name) if isinstance(paths, dict) else None
+        keys = path if isinstance(path, (tuple, list)) and path and all(isinstance(key, (str, int)) for key in path) else (name,)
+        node = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise _bad("the paths in .metadata contradict each other", printable(name))
+        node[keys[-1]] = value
+    return tree
