@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 
-.PHONY: help setup demo test lint format bench schema convert clean
+.PHONY: help setup demo test lint format bench cases schema convert clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test     set up, run all tests"
 	@echo "make lint     style, strict types, import floors, rule files"
 	@echo "make bench    timings in pairs, as ratios"
+	@echo "make cases    convert reference conversions of other people's making and compare [CASES=folder]"
 	@echo "make convert IN=folder OUT=folder RULES=name [ARGS='--target …']   every checkpoint under IN, only what changed"
 	@echo "make schema   write schema/rule-v1.schema.json anew"
 
@@ -48,6 +49,11 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/run.py
+
+# Real conversions with proved results. They are not part of the repository: the folder is given, or lies beside the checkout.
+CASES ?= ../shared/cases
+cases: $(READY)
+	$(BIN)/python scripts/cases.py "$(CASES)"
 
 schema: $(READY)
 	$(BIN)/ckptconv schema > schema/rule-v1.schema.json

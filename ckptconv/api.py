@@ -5,6 +5,7 @@ The command line calls these and nothing else. Problems come as :class:`~ckptcon
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from ckptconv import formats, ruletests, target
 from ckptconv.compare import compare, explain_missing_initial
-from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, printable
+from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, printable
 from ckptconv.layout import renamed_versions
 from ckptconv.plan import Read
 from ckptconv.planner import make_plan
@@ -246,6 +247,32 @@ def rule_tests(rules: Sequence[str | Path] | None = None) -> list[tuple[str, int
         else:
             found.append((str(word), len(parsed.header.tests), tuple(ruletests.problems(parsed))))
     return found
+
+
+def import_rule(word: str, out: str | Path | None = None, *, prove: bool = False, force: bool = False) -> str:
+    """The rule file of ``transformers:MODEL_TYPE``: the installed transformers' own mapping from published checkpoints, as rules.
+
+    ``out`` writes it; the rule is then called as the file is. ``prove`` runs it on the model's own key set, there and back. Raises
+    :class:`~ckptconv.errors.UsageError` for a mapping that rules cannot say, and where the proof fails.
+    """
+    library, colon, model_type = word.partition(":")
+    if library != "transformers" or not colon:
+        raise UsageError(Problem("CK107", f"rules are imported from transformers, not from {printable(word)}", try_="transformers:mixtral"))
+    if importlib.util.find_spec("transformers") is None:
+        raise OutputError(Problem("CK505", "transformers is not installed", try_="pip install transformers"))
+    from ckptconv.importing import proving, transformers_mapping
+
+    try:
+        text = transformers_mapping.rule_for(model_type, "" if out is None else Path(out).stem)
+    except Refusal as refusal:
+        raise UsageError(refusal.at(printable(word))) from None
+    if prove:
+        reason = proving.prove(model_type)
+        if reason:
+            raise FitError(Problem("CK110", f"the imported rule is not proved: {printable(reason, 1000)}", where=printable(word)))
+    if out is not None:
+        write_text(Path(out), text, force=force)
+    return text
 
 
 def manifest_of_state_dict(state_dict: Mapping[str, Any]) -> Manifest:

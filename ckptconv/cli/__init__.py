@@ -335,6 +335,23 @@ def rules_show(name: str) -> None:
         click.echo(path.read_text(encoding="utf-8"), nl=False)
 
 
+@rules.command("import", context_settings=CONTEXT, epilog=_examples(
+    "ckptconv rules import transformers:mixtral -o rules/mixtral.yaml",
+    "ckptconv rules import transformers:qwen2_moe --prove",
+))  # fmt: skip
+@click.argument("word", metavar="transformers:MODEL_TYPE")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.yaml", help="write it there")
+@click.option("--prove", is_flag=True, help="run it on the model's own key set, there and back, before it is written")
+@click.option("--force", is_flag=True, help="replace FILE.yaml")
+def rules_import(word: str, out: Path | None, prove: bool, force: bool) -> None:
+    """Turn the installed transformers' mapping from published checkpoints into a rule file."""
+    with guarded(Output(as_json=False, quiet=False, verbose=0)):
+        from ckptconv import api
+
+        text = api.import_rule(word, out, prove=prove, force=force)
+        click.echo(text if out is None else f"{out}: written{', proved' if prove else ''}", nl=out is not None)
+
+
 @cli.command(context_settings=CONTEXT, epilog=_examples("ckptconv schema > rule-v1.schema.json"))
 def schema() -> None:
     """Print the JSON Schema of rule files, for completion and checking in editors."""

@@ -327,6 +327,8 @@ class Template:
                 skip_dot = not out or out[-1].endswith(".")
                 if part is self.parts[-1] and out and out[-1].endswith("."):
                     out[-1] = out[-1][:-1]
+            else:
+                skip_dot = False
             out.append(text)
         return "".join(out)
 

@@ -185,11 +185,19 @@ class Check(Step):
         if not (self.finite or self.equal) or not names:
             return table
         guarded = dict(table)
-        first = table[names[0]].expr
+        first = names[0]
         for name in names:
-            arguments = [table[name].expr] + ([first] if self.equal and name != names[0] else [])
+            # Each is compared with the first, and the first with each: whichever a later step drops, the comparison is still made.
+            others = [] if not self.equal else [first] if name != first else names[1:]
+            expr = table[name].expr
             try:
-                guarded[name] = replace(table[name], expr=apply(Guard(finite=self.finite), *arguments))
+                if self.finite:
+                    expr = apply(Guard(finite=True), expr)
+                for other in others:
+                    if table[other].expr != table[name].expr:
+                        expr = apply(Guard(), expr, table[other].expr)
             except Refusal as refusal:
                 context.refused(refusal, name)
+            else:
+                guarded[name] = replace(table[name], expr=expr)
         return guarded

@@ -223,9 +223,17 @@ class WeightNorm(NamedStep):
 
     def results(self, members: Members, table: Table, lookup: Lookup, context: Context) -> list[tuple[str, Entry]]:
         shape = table[members["v" if self.fold else "w"]].expr.spec.shape
+        if not shape or (self.dim is not None and not -len(shape) <= self.dim < len(shape)):
+            raise Refusal(f"there is no dim {self.dim} in a tensor of rank {len(shape)}", code="CK206", found=str(list(shape)))
         axes = ", ".join(str(axis) for axis in range(len(shape)) if self.dim is None or axis != self.dim % len(shape))
         norm = f"norm({'v' if self.fold else 'w'}, axes=({axes}))"
         if self.fold:
+            wanted = tuple(size if self.dim is not None and axis == self.dim % len(shape) else 1 for axis, size in enumerate(shape))
+            g_shape = table[members["g"]].expr.spec.shape
+            if g_shape != wanted:
+                raise Refusal(
+                    f"norms along dim {self.dim} have shape {list(wanted)}", code="CK206", found=f"{list(g_shape)} for {list(shape)}"
+                )
             new = _as_template(self.weight).render(lookup)
             return [(new, Entry(combined(f"v * (g / {norm})", members, table, lookup), context.origin, f"weight_norm {new}"))]
         g, v = _as_template(self.g).render(lookup), _as_template(self.v).render(lookup)

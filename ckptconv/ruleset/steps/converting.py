@@ -42,7 +42,7 @@ from ckptconv.ruleset.steps.shaping import (
     SliceStep,
     axis_of,
 )  # fmt: skip
-from ckptconv.transforms import Concat, Rearrange, Slice
+from ckptconv.transforms import Concat, Guard, Rearrange, Slice
 from ckptconv.transforms.sugar import insert_axis, remove_axis
 
 #: A value on its way through ``do``: one tensor, or a list of what is not joined yet.
@@ -53,7 +53,7 @@ _MAPS: Mapping[str, tuple[type[MapStep], str]] = {  #: word -> the step that doe
     "index": (IndexStep, "take"), "pad": (PadStep, "size"), "repeat": (RepeatStep, "times"), "affine": (AffineStep, ""),
     "resize": (ResizeStep, "size"), "adapt_channels": (AdaptChannels, "channels"), "resize_rows": (ResizeRows, "rows"),
 }  # fmt: skip
-_JOINS = ("stack", "concat")
+_JOINS = ("stack", "concat", "same")
 _CUTS = ("split", "unstack")
 _AXES = ("transpose", "squeeze", "unsqueeze")
 WORDS = (*_JOINS, *_CUTS, *_AXES, *_MAPS)
@@ -69,6 +69,8 @@ class Act:
 
 
 def _act(item: Any) -> Act:
+    if item == "same":
+        return Act("same", None)
     if not isinstance(item, Mapping) or len(item) != 1:
         raise Refusal("an entry of `do` is one word with what it needs, as in {stack: 0}", code="CK102", found=printable(item))
     ((word, body),) = item.items()
@@ -129,7 +131,7 @@ def _names(value: Any) -> tuple[str, ...]:
 Acts = Annotated[
     tuple[Act, ...],
     PlainValidator(_acts),
-    WithJsonSchema({"type": "array", "items": {"type": "object", "minProperties": 1, "maxProperties": 1}}),
+    WithJsonSchema({"type": "array", "items": {"anyOf": [{"const": "same"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}}),
 ]
 Names = Annotated[tuple[str, ...], PlainValidator(_names), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]  # fmt: skip
 
@@ -249,6 +251,11 @@ def _joined(act: Act, value: Value) -> Value:
         return [_joined(act, part) for part in value]
     pieces = [part for part in value if not isinstance(part, list)]
     rank = len(pieces[0].spec.shape)
+    if act.word == "same":  # the guard hands the first one on; the others are looked at when the values are there
+        first = pieces[0]
+        for other in pieces[1:]:
+            first = apply(Guard(), first, other)
+        return first
     if act.word == "concat":
         return apply(Concat(axis=axis_of(act.body, pieces[0])), *pieces)
     axis = act.body if act.body >= 0 else act.body + rank + 1

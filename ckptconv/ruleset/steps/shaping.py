@@ -15,6 +15,7 @@ from ckptconv.ruleset.patterns import Pattern
 from ckptconv.ruleset.steps.base import (
     Context,
     DTypeField,
+    DTypes,
     Entry,
     Number,
     Patterns,
@@ -144,9 +145,10 @@ class CastStep(MapStep):
     op: ClassVar[str] = "cast"
     dtype: DTypeField
     overflow: Literal["error", "saturate", "inf"] = "error"
+    of: DTypes | None = Field(None, description="only tensors of these dtypes; the others stay as they are")
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:  # noqa: ARG002  (the same signature for all)
-        if expr.spec.dtype == self.dtype:
+        if expr.spec.dtype == self.dtype or (self.of is not None and expr.spec.dtype not in self.of):
             return expr
         return apply(Cast(dtype=self.dtype, overflow=self.overflow), expr)
 

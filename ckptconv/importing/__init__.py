@@ -1,0 +1,1 @@
+"""Rule files made from what other programs say about their own layouts."""
