@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,15 +23,18 @@ from ckptconv.planner import make_plan
 from ckptconv.report.changes import Change, changes
 from ckptconv.report.model import Candidate, Difference, Inspection, RunReport, difference
 from ckptconv.ruleset import builtin
+from ckptconv.ruleset import model as ruleset
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.spec import DType, Manifest, TensorSpec
-from ckptconv.stage.opening import choose, contents_of, manifest_of_word, open_source, rule_file, variables
+from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_word, open_source, rule_file, variables
 from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
 from ckptconv.stage.producing import Progress, estimate, produce
 from ckptconv.verify import Evidence, climb
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from ckptconv.backwards import BackRule
 
 Rules = Union[str, Path, RuleFile]
 
@@ -247,6 +251,38 @@ def rule_tests(rules: Sequence[str | Path] | None = None) -> list[tuple[str, int
         else:
             found.append((str(word), len(parsed.header.tests), tuple(ruletests.problems(parsed))))
     return found
+
+
+def invert(
+    rules: Rules, like: str | Path, out: str | Path | None = None, *, set: Any = (), config: str | Path | None = None,  # noqa: A002
+    select: Sequence[str] = (), lossy: bool = False, force: bool = False, timeout: float = 300.0,
+) -> BackRule:  # fmt: skip
+    """The way back as a rule file: what undoes ``rules`` for checkpoints with the names of ``like``. ``out`` writes it.
+
+    It is proved before it is given back: planned on what the rules make of ``like``, it gives ``like`` again. Raises
+    :class:`~ckptconv.errors.UsageError` CK212 for what cannot come back, by step, unless ``lossy`` leaves that out.
+    """
+    from ckptconv.backwards import Lossy, rule_back
+
+    parsed = rule_file(rules)
+    manifest = manifest_of_word(str(like), select or parsed.header.select, timeout)
+    beside = config_for(Path(like), Path(config) if config is not None else None) if config is not None or Path(like).exists() else None
+    try:
+        back = rule_back(parsed, manifest, given=variables(set), config=beside, lossy=lossy)
+    except Lossy as refusal:
+        raise UsageError([
+            Problem("CK212", f"{printable(names)} cannot come back: {reason}", where=step, try_="--lossy leaves it out")
+            for step, names, reason in refusal.back.lost[:20]
+        ]) from None  # fmt: skip
+    except Refusal as refusal:
+        raise UsageError(refusal.at(parsed.file)) from None
+    if out is not None:
+        stem = Path(out).stem
+        text = re.sub(r"^name: .*$", f"name: {stem}", back.text, count=1, flags=re.MULTILINE)
+        ruleset.parse(text.encode(), str(out), stem=stem)  # what is written is a rule file, whatever the file is called
+        write_text(Path(out), text, force=force)
+        return replace(back, text=text)
+    return back
 
 
 def import_rule(word: str, out: str | Path | None = None, *, prove: bool = False, force: bool = False) -> str:

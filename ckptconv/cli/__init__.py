@@ -52,6 +52,10 @@ _TALK = _options(
     click.option("-q", "--quiet", is_flag=True, help="print errors only"),
     click.option("-v", "--verbose", count=True, help="say more: every change, every note, where each comes from"),
 )
+_ANNOTATIONS = click.option(
+    "--format", "style", type=click.Choice(["text", "github", "sarif"]), default="text", show_default=True,
+    help="github: workflow annotations; sarif: a SARIF 2.1.0 log",
+)  # fmt: skip
 _TARGET = click.option(
     "--target",
     metavar="T",
@@ -256,15 +260,21 @@ def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json
 @_SELECT
 @_THREADS
 @_TIMEOUT
+@_ANNOTATIONS
 @_TALK
-def verify(destination: str, target: str | None, set_: tuple[str, ...], as_json: bool, quiet: bool, verbose: int, **options: Any) -> int:
+def verify(
+    destination: str, target: str | None, set_: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbose: int, **options: Any
+) -> int:  # fmt: skip
     """Prove a checkpoint that is already there: against a target, and against the source that it was made from."""
     out = Output(as_json, quiet, verbose)
     with guarded(out):
         from ckptconv import api
 
         report = api.verify(destination, target_word=target, set=set_, **options)
-        out.run_report(report)
+        if style == "text":
+            out.run_report(report)
+        else:
+            out.annotations([(destination, report.ladder.problems() if report.ladder else ())], style)
         return 4 if report.ladder.failed else 0
 
 
@@ -272,15 +282,16 @@ def verify(destination: str, target: str | None, set_: tuple[str, ...], as_json:
     context_settings=CONTEXT, epilog=_examples("ckptconv check rules/mine.yaml", "ckptconv check rules/", "ckptconv check dataparallel")
 )
 @click.argument("rules", metavar="RULES...", nargs=-1, required=True, type=_Rules())
+@_ANNOTATIONS
 @_TALK
-def check(rules: tuple[str, ...], as_json: bool, quiet: bool, verbose: int) -> int:
+def check(rules: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbose: int) -> int:
     """Validate rule files (or folders of them, or built-in names): all problems with file, line and column. Exit 1 when there are any."""
     out = Output(as_json, quiet, verbose)
     with guarded(out):
         from ckptconv import api
 
         found = api.check([*_expanded(rules)])
-        out.checked(found)
+        out.checked(found, style)
         return 1 if any(problems for _, problems in found) else 0
 
 
@@ -288,15 +299,16 @@ def check(rules: tuple[str, ...], as_json: bool, quiet: bool, verbose: int) -> i
     context_settings=CONTEXT, epilog=_examples("ckptconv test rules/", "ckptconv test rules/mine.yaml", "ckptconv test dataparallel")
 )
 @click.argument("rules", metavar="[RULES]...", nargs=-1, type=_Rules())
+@_ANNOTATIONS
 @_TALK
-def test(rules: tuple[str, ...], as_json: bool, quiet: bool, verbose: int) -> int:
+def test(rules: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbose: int) -> int:
     """Run the tests that rule files carry (all built-in rules, where none is named). Names and shapes only: no weights, no torch."""
     out = Output(as_json, quiet, verbose)
     with guarded(out):
         from ckptconv import api
 
         found = api.rule_tests([*_expanded(rules)] if rules else None)
-        out.tested(found)
+        out.tested(found, style)
         return 1 if any(problems for _, _, problems in found) else 0
 
 
@@ -305,6 +317,38 @@ def _expanded(words: Iterable[str]) -> Iterable[str]:
         folder = Path(word)
         files = sorted(path for path in folder.rglob("*.yaml") if not path.name.endswith(".test.yaml")) if folder.is_dir() else []
         yield from map(str, files) if files else [word]
+
+
+@cli.command(context_settings=CONTEXT, epilog=_examples(
+    "ckptconv invert timm-vit-to-hf-vit --like vit.pth -o hf-vit-to-timm-vit.yaml",
+    "ckptconv invert rules/mine.yaml --like in.json --lossy",
+))  # fmt: skip
+@click.argument("rules_word", metavar="RULES", type=_Rules())
+@click.option("--like", required=True, metavar="SRC", help="a checkpoint, manifest or target with the names that RULES start from")
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.yaml", help="write it there; else it is printed"
+)
+@click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file")
+@click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"
+)
+@click.option("--lossy", is_flag=True, help="leave out what cannot come back")
+@click.option("--force", is_flag=True, help="replace FILE.yaml")
+@_SELECT
+@_TIMEOUT
+def invert(rules_word: str, like: str, out: Path | None, set_: tuple[str, ...], **options: Any) -> None:
+    """Write the rule file that undoes RULES. It is proved on SRC's names before it is written; what cannot come back is listed by step."""
+    with guarded(Output(as_json=False, quiet=False, verbose=0)):
+        from ckptconv import api
+        from ckptconv.errors import printable
+
+        back = api.invert(rules_word, like, out, set=set_, **options)
+        click.echo(
+            back.text if out is None else f"{out}: written, {'step by step' if back.way == 'steps' else 'from the plan'}",
+            nl=out is not None,
+        )
+        for step, names, reason in back.lost:
+            click.echo(f"does not come back: {printable(names)}: {reason}  ({step})", err=True)
 
 
 @cli.group(context_settings=CONTEXT)

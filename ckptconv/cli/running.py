@@ -65,7 +65,19 @@ class Output:
 
             print_difference(report, self.console)
 
-    def checked(self, found: Sequence[tuple[str, tuple[Problem, ...]]]) -> None:
+    def annotations(self, found: Sequence[tuple[str, Sequence[Problem]]], style: str) -> None:
+        """Problems for continuous integration, on stdout."""
+        from ckptconv.report.annotations import github, sarif
+
+        if style == "sarif":
+            self.json(sarif(found))
+        elif any(problems for _, problems in found):
+            click.echo(github(found))
+
+    def checked(self, found: Sequence[tuple[str, tuple[Problem, ...]]], style: str = "text") -> None:
+        if style != "text":
+            self.annotations(found, style)
+            return
         if self.as_json:
             self.json([{"rules": word, "problems": [problem.to_json() for problem in problems]} for word, problems in found])
             return
@@ -77,7 +89,10 @@ class Output:
             if not problems and not self.quiet:
                 click.echo(f"{printable(word)}: right")
 
-    def tested(self, found: Sequence[tuple[str, int, tuple[Problem, ...]]]) -> None:
+    def tested(self, found: Sequence[tuple[str, int, tuple[Problem, ...]]], style: str = "text") -> None:
+        if style != "text":
+            self.annotations([(word, problems) for word, _, problems in found], style)
+            return
         if self.as_json:
             self.json(
                 [

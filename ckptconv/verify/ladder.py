@@ -64,6 +64,11 @@ class Ladder:
         """The passed rungs, as they are recorded in outputs: ``L0 L1 L3``; ``none`` when nothing was proved."""
         return " ".join(f"L{rung.level}" for rung in self.rungs if rung.status == "passed") or "none"
 
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that the failed rungs found; a rung that found nothing more says its sentence."""
+        failed = [rung for rung in self.rungs if rung.status == "failed"]
+        return tuple(problem for rung in failed for problem in rung.problems or (Problem("CK407", f"L{rung.level}: {rung.sentence}"),))
+
     def to_json(self) -> dict[str, Any]:
         return {"reached": self.reached, "rungs": [rung.to_json() for rung in self.rungs]}
 
