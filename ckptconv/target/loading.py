@@ -42,7 +42,9 @@ def load_into(
     """
     may_miss, may_be_extra = frozenset(allow_missing), frozenset(allow_unexpected)
     present: dict[str, Any] = dict(model.state_dict(keep_vars=True))
-    found: OrderedDict[str, Any] = OrderedDict((name, value) for name, value in state.items() if name not in may_be_extra)
+    found: OrderedDict[str, Any] = OrderedDict(
+        (name, value) for name, value in state.items() if name in present or name not in may_be_extra
+    )
     notes = []
     # A key that may stay at its initial value is given that value, so that torch's own strict check does the rest. The same goes for
     # a module's extra state, which no tensor file can hold.

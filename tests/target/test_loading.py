@@ -172,3 +172,10 @@ def test_module_versions_reach_the_modules_and_are_not_written_into():
 def test_many_keys_are_said_in_a_line():
     many = {f"layers.{at}.w": torch.zeros(1) for at in range(1000)}
     assert load_into(nn.Linear(1, 1, bias=False), many).error == "missing: weight; unexpected: layers.{0-999}.w ×1000"
+
+
+def test_what_may_be_unexpected_is_loaded_where_the_model_has_it():
+    model = nn.Linear(2, 1)
+    state = {"weight": torch.ones(1, 2), "bias": torch.ones(1), "total_ops": torch.ones(1)}
+    assert load_into(model, state, allow_unexpected=["bias", "total_ops"]).loaded
+    assert model.bias.item() == 1
