@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from ckptconv import formats, ruletests, target
 from ckptconv.compare import compare, explain_missing_initial
@@ -27,6 +27,7 @@ from ckptconv.ruleset import model as ruleset
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_word, open_source, rule_file, variables
+from ckptconv.stage.parity import parity_words
 from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
 from ckptconv.stage.producing import Progress, estimate, produce
 from ckptconv.verify import Evidence, climb
@@ -174,16 +175,19 @@ def diff(left: str, right: str, *, select: Sequence[str] = (), timeout: float = 
 
 def verify(
     destination: str | Path, *, target_word: str | None = None, against: str | Path | None = None, rules: Rules | None = None,
-    level: int = 3, **options: Any,
+    level: int | Literal["auto"] = "auto", **options: Any,
 ) -> RunReport:  # fmt: skip
-    """Climbs the verification ladder for a checkpoint that is already there; with ``against`` and ``rules`` also against its source."""
+    """Climbs the verification ladder for a checkpoint that is already there; with ``against`` and ``rules`` also against its source.
+
+    ``level`` is 3, or 5 where ``parity`` says what the model's outputs are compared with.
+    """
     started = time.monotonic()
     path = Path(destination)
     if (against is None) != (rules is None):
         raise UsageError(Problem("CK107", "--against and --rules belong together: the source, and how it was converted"))
     if against is None and target_word is None:
         raise UsageError(Problem("CK107", "verify needs a --target, or --against with --rules"))
-    chosen = Options(**{**options, "target": target_word})
+    chosen = Options(**{**options, "target": target_word, "verify": level})
     written = open_source(path, chosen.select if rules is None else ())
     kind = "safetensors" if written.contents.format == "safetensors" else "torch"
     bare = Evidence(
@@ -200,6 +204,8 @@ def verify(
         from ckptconv.execute.sources import Sources
 
         prepared = prepare(rules, Path(against), chosen)
+        wish = prepared.parity
+        compared = wish.request(path, written.container.path, prepared.plan, prepared.source, prepared.comparison) if wish else None
         with Sources(prepared.source.files) as opened:
             digests = digest_tensors(opened, prepared.source.placed, threads=chosen.threads)
         evidence = replace(
@@ -211,14 +217,17 @@ def verify(
             target=prepared.target,
             wanted=prepared.wanted,
             allow=prepared.allow,
+            parity=compared,
         )
         about = _rules_json(prepared), _source_json(prepared), tuple(changes(prepared.plan)), prepared.notes
     else:
         assert target_word is not None
         wanted_target = target.parse(target_word, origin="command line", base=None)
+        wish = parity_words(chosen.parity, wanted_target, chosen.level)
+        compared = wish.request(path, written.container.path) if wish else None
         wanted = target.manifest_of(wanted_target, timeout=chosen.timeout)
-        evidence = replace(bare, target=wanted_target, wanted=wanted)
-    ladder = climb(evidence, level)
+        evidence = replace(bare, target=wanted_target, wanted=wanted, parity=compared)
+    ladder = climb(evidence, chosen.level or 0)
     return RunReport(
         "verify", about[0], about[1],
         {"path": str(destination), "format": kind, "files": [file.name for file in written.files], "tensors": len(written.manifest),

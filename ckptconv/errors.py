@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 DONE, FINDINGS, USAGE, INPUT, FIT, OUTPUT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 MAX_QUOTE = 200
@@ -77,12 +77,16 @@ class Problem:
 
 
 class CkptconvError(Exception):
-    """Base of everything that ckptconv raises on purpose; holds every problem that was found, not only the first."""
+    """Base of everything that ckptconv raises on purpose; holds every problem that was found, not only the first.
+
+    ``verification`` is what the ladder found, as JSON, where a rung of it failed: a program wants more than the sentences.
+    """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+    def __init__(self, problems: Problem | Iterable[Problem], verification: Mapping[str, Any] | None = None) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        self.verification = verification
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -159,6 +163,8 @@ CODES: Mapping[str, str] = {
     "CK408": "Strict loading failed.",
     "CK409": "Values were lost or doubled.",
     "CK410": "A cast overflowed.",
+    "CK411": "The models could not be run and compared.",
+    "CK412": "The models give different outputs.",
     # 5xx: output
     "CK501": "The output exists, and --force was not given.",
     "CK502": "The output is, or lies inside, the source.",

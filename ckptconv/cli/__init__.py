@@ -64,7 +64,9 @@ _TARGET = click.option(
 _SELECT = click.option(
     "--select", multiple=True, metavar="NAME", help="which state_dict of the file (state_dict, model_ema, …); the first that exists"
 )
-_TIMEOUT = click.option("--timeout", type=float, default=300.0, show_default=True, metavar="SECONDS", help="for building the target")
+_TIMEOUT = click.option(
+    "--timeout", type=float, default=300.0, show_default=True, metavar="SECONDS", help="for building the target, and for comparing outputs"
+)
 _THREADS = click.option(
     "--threads", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="workers that copy and compute"
 )
@@ -94,17 +96,31 @@ _CONVERSION = _options(
 )
 
 
+_PARITY = click.option(
+    "--parity",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="run the models and compare: source=py:module:factory (what SRC is for) or golden=FILE, inputs=FILE, tolerance=NUMBER",
+)
+_LEVEL_DEFAULT = "3; 5 with --parity"
+
+
 class _Levels(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """How far to verify: 0 to 4 (also L0 to L4), or none."""
+    """How far to verify: 0 to 6 (also L0 to L6), auto, or (where a run may go unverified) none."""
 
     name = "level"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+    def __init__(self, *, none: bool) -> None:
+        self.none = none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str | None:
         text = str(value).upper().removeprefix("L")
-        if text == "NONE":
+        if text == "NONE" and self.none:
             return None
-        if text not in ("0", "1", "2", "3", "4"):
-            self.fail("want 0, 1, 2, 3, 4 or none", param, ctx)
+        if text == "AUTO":
+            return "auto"
+        if text not in tuple("0123456"):
+            self.fail(f"want 0 to 6{' or none' if self.none else ''}", param, ctx)
         return int(text)
 
 
@@ -127,6 +143,7 @@ def cli() -> None:
     "ckptconv run rules/mine.yaml last.ckpt model.safetensors --target timm:resnet50 --select model_ema",
     "ckptconv run timm-vit-to-hf-vit vit/ out/ --set H=12 --shard-size 2GB",
     "ckptconv run --plan plan.json in.pth out.pth",
+    "ckptconv run rules/mine.yaml in.pth out.pth --target timm:resnet50 --parity source=py:old:model",
 ))  # fmt: skip
 @click.argument("arguments", nargs=-1, required=True, metavar="RULES SRC DST", type=_Rules())
 @_CONVERSION
@@ -135,12 +152,14 @@ def cli() -> None:
 )
 @click.option(
     "--verify",
-    type=_Levels(),
-    default="3",
-    show_default=True,
+    type=_Levels(none=True),
+    default="auto",
+    show_default=_LEVEL_DEFAULT,
     metavar="LEVEL",
-    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip; none",
+    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip, 5 equal outputs, "
+    "6 first module that differs; none",
 )
+@_PARITY
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
@@ -246,12 +265,16 @@ def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json
 @cli.command(context_settings=CONTEXT, epilog=_examples(
     "ckptconv verify out.pth --target timm:resnet50",
     "ckptconv verify out.pth --against in.pth --rules dataparallel",
+    "ckptconv verify out.pth --target timm:resnet50 --parity golden=expected.pt",
 ))  # fmt: skip
 @click.argument("destination", metavar="DST", type=click.Path())
 @_TARGET
 @click.option("--against", type=click.Path(), metavar="SRC", help="the checkpoint that DST was made from")
 @click.option("--rules", type=_Rules(), metavar="RULES", help="the rules that it was made by")
-@click.option("--level", type=click.IntRange(0, 4), default=3, show_default=True, help="how far to climb")
+@click.option(
+    "--level", type=_Levels(none=False), default="auto", show_default=_LEVEL_DEFAULT, metavar="LEVEL", help="how far to climb: 0 to 6"
+)
+@_PARITY
 @click.option("--also", multiple=True, metavar="NAME=PATH", help="a further source that DST was made from")
 @click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file")
 @click.option(

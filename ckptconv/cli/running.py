@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -125,8 +125,10 @@ class Output:
 
         write_text(self.report_file, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
 
-    def failure(self, problems: Sequence[Problem], exit_code: int) -> None:
-        data = {"ckptconv_error": 1, "exit_code": exit_code, "problems": [problem.to_json() for problem in problems]}
+    def failure(self, problems: Sequence[Problem], exit_code: int, verification: Mapping[str, Any] | None = None) -> None:
+        data: dict[str, Any] = {"ckptconv_error": 1, "exit_code": exit_code, "problems": [problem.to_json() for problem in problems]}
+        if verification is not None:
+            data["verification"] = dict(verification)
         if self.as_json:
             self.json(data)
         else:
@@ -174,7 +176,7 @@ def guarded(out: Output) -> Iterator[None]:
             raise UsageError(refusal.at("")) from None
     except CkptconvError as error:
         try:
-            out.failure(error.problems, error.exit_code)
+            out.failure(error.problems, error.exit_code, error.verification)
         except CkptconvError as second:  # the report could not be written either: say so, and keep the first reason's code
             from ckptconv.report.text import print_problems
 

@@ -108,6 +108,8 @@ def _print_ladder(ladder: Ladder, console: Console) -> None:
         console.print(Text.assemble(f"  L{rung.level} ", (f"{mark:<6} ", style), f"{rung.name}: ").append_text(safe(rung.sentence, 400)))
         for problem in rung.problems[:10]:
             console.print(Text(printable_lines(problem, "     ")))
+        for note in rung.notes:
+            console.print(Text("     note: ", "yellow").append_text(safe(note, 1200)))
 
 
 def _closing(report: RunReport) -> Text:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ckptconv import target
 from ckptconv.compare import Allow, Comparison, compare, explain_missing_initial
@@ -29,6 +29,7 @@ from ckptconv.stage.opening import (
     rule_file,
     variables,
 )
+from ckptconv.stage.parity import Parity, parity_words
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Options:
     also: Mapping[str, Any] | Sequence[str] = field(default_factory=dict)  #: further sources by name
     format: str | None = None  #: torch or safetensors; from the destination's suffix or the source where nothing is said
     shard_size: str | None = None
-    verify: int | None = 3  #: the highest rung to climb; None: none at all
+    verify: int | Literal["auto"] | None = "auto"  #: the highest rung to climb, see ``level``; None: none at all
+    parity: Mapping[str, Any] | Sequence[str] = ()  #: what the models' outputs are compared with: source, golden, inputs, tolerance
     force: bool = False
     threads: int = 2
     keep_extras: bool = False
@@ -56,6 +58,11 @@ class Options:
     )
     lossy: bool = False  #: with reverse: leave out what cannot come back
     use_rule_target: bool = True  #: False: compare with nothing, the caller has a model of its own
+
+    @property
+    def level(self) -> int | None:
+        """How far to climb. Who says what to compare the outputs with wants them compared."""
+        return (5 if self.parity else 3) if self.verify == "auto" else self.verify
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Prepared:
     allow: Allow
     comparison: Comparison | None
     allowed: str  #: the sentence on what stays at its initial values
+    parity: Parity | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -154,6 +162,7 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
         wanted_target = parse_target(options.target, None, source.path)
     elif options.use_rule_target and field_ is not None and field_.model is not None:
         wanted_target = parse_target(field_.model, rules, source.path)
+    parity = parity_words(options.parity, wanted_target, options.level)
     wanted = comparison = None
     allowed = ""
     if wanted_target is not None:
@@ -162,7 +171,7 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
         if not comparison.fits:
             raise FitError([problem if problem.where else problem.at(wanted_target.text) for problem in comparison.problems()])
         allowed = explain_missing_initial(comparison, wanted)
-    return Prepared(label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed)
+    return Prepared(label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed, parity)
 
 
 def _matches(patterns: Sequence[Pattern] | None) -> Callable[[str], bool]:

@@ -107,15 +107,16 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
         if layout.index is not None:
             staging.path_of(layout.index[0]).write_bytes(layout.index[1])
         ladder, source_digest = Ladder(), ""
-        if options.verify is not None:
+        if options.level is not None:
             nbytes = source.manifest.nbytes
             digests = digest_tensors(opened, source.placed, threads=options.threads, progress=_counted(tell, "reading", nbytes))
             source_digest = content_digest(source.manifest, digests)
-            ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options), options.verify)
+            ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options), options.level)
         opened.check_unchanged()
         if ladder.failed is not None:
             rung = ladder.failed
-            raise FitError([*rung.problems] or Problem("CK407", rung.sentence, where=f"L{rung.level} {rung.name}"))
+            problems = ladder.problems or [Problem("CK407", rung.sentence, where=f"L{rung.level} {rung.name}")]
+            raise FitError(problems, ladder.to_json())
         metadata[_OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
         metadata[_OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
         seal_all(_named(layout, files), receipt, metadata, folder)
@@ -164,10 +165,13 @@ def _metadata(prepared: Prepared) -> dict[str, str]:
 def _evidence(
     prepared: Prepared, shape: Shape, folder: Path, files: list[Path], digests: Mapping[str, str], receipt: Receipt, options: Options
 ) -> Evidence:
+    written, container = folder if shape.is_folder else files[0], prepared.source.container.path if options.keep_extras else "."
+    parity = prepared.parity.request(written, container, prepared.plan, prepared.source, prepared.comparison) if prepared.parity else None
     return Evidence(
-        files=files, read=lambda: formats.read(folder if shape.is_folder else files[0]), format=shape.format, plan=prepared.plan,
+        files=files, read=lambda: formats.read(written), format=shape.format, plan=prepared.plan,
         source=prepared.source.placed, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
-        target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, container=prepared.source.container.path if options.keep_extras else ".", timeout=options.timeout, threads=options.threads,
+        target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, container=container,
+        timeout=options.timeout, threads=options.threads, parity=parity,
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Rungs L0 to L4: the output is whole, every key is accounted for, the model loads it strictly, no value was lost or doubled, and the
-source comes back from it.
+"""Rungs L0 to L6: the output is whole, every key is accounted for, the model loads it strictly, no value was lost or doubled, the source
+comes back from it, the model computes what it should, and if not, which of its modules is the first to compute something else.
 
 Strict loading alone proves little (in common models most keys share their shape with another key), so each rung looks at something
 else. A rung that cannot be climbed says why; a rung that fails stops the climb.
@@ -8,7 +8,7 @@ else. A rung that cannot be climbed says why; a rung that fails stops the climb.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from ckptconv.names import collapse
 from ckptconv.plan import Apply, Fill, Output, Plan, Read, reads
 from ckptconv.spec import Manifest
 from ckptconv.target import Target, strict_load
+from ckptconv.verify.parity import ParityReport, ParityRequest, parity
 from ckptconv.verify.roundtrip import round_trip
 from ckptconv.verify.values import conserved
 
-LEVELS: Mapping[int, str] = {0: "integrity", 1: "accounting", 2: "strict load", 3: "values conserved", 4: "round trip"}
+LEVELS: Mapping[int, str] = {0: "integrity", 1: "accounting", 2: "strict load", 3: "values conserved", 4: "round trip",
+                              5: "forward parity", 6: "first diverging module"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Rung:
     status: str  #: ``passed``, ``failed`` or ``skipped``
     sentence: str
     problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()  #: what the sentence does not vouch for
 
     @property
     def name(self) -> str:
@@ -45,7 +48,7 @@ class Rung:
     def to_json(self) -> dict[str, Any]:
         return {
             "level": self.level, "name": self.name, "status": self.status, "sentence": self.sentence,
-            "problems": [problem.to_json() for problem in self.problems],
+            "problems": [problem.to_json() for problem in self.problems], "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -54,10 +57,16 @@ class Ladder:
     """The climb: every rung that was tried, lowest first."""
 
     rungs: tuple[Rung, ...] = ()
+    parity: ParityReport | None = None  #: what running the models showed, where they were run
 
     @property
     def failed(self) -> Rung | None:
         return next((rung for rung in self.rungs if rung.status == "failed"), None)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Those of every rung that failed: L6 says where it is that L5 found a difference."""
+        return [problem for rung in self.rungs for problem in rung.problems]
 
     @property
     def reached(self) -> str:
@@ -70,7 +79,8 @@ class Ladder:
         return tuple(problem for rung in failed for problem in rung.problems or (Problem("CK407", f"L{rung.level}: {rung.sentence}"),))
 
     def to_json(self) -> dict[str, Any]:
-        return {"reached": self.reached, "rungs": [rung.to_json() for rung in self.rungs]}
+        parity = None if self.parity is None else self.parity.to_json()
+        return {"reached": self.reached, "rungs": [rung.to_json() for rung in self.rungs], "parity": parity}
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Evidence:
     target: Target | None = None
     wanted: Manifest | None = None
     allow: Allow = field(default_factory=Allow)
+    parity: ParityRequest | None = None
     timeout: float = 300.0
     threads: int = 2
 
@@ -102,6 +113,7 @@ class _Climb:
         self.written_files: tuple[Path, ...] = ()
         self.digests: dict[str, str] = {}
         self.compared: set[str] = set()  #: computed outputs whose bytes are known to be the right ones, order included
+        self.outputs: ParityReport | None = None
 
     def integrity(self) -> Rung:
         """L0: the output, opened anew, is the plan's manifest, and its bytes are those that were read or computed."""
@@ -244,12 +256,46 @@ class _Climb:
             return _failed(4, "the source does not come back", result.problems)
         return Rung(4, "passed", result.sentence)
 
+    def parity(self) -> Rung:
+        """L5: both models, run on the same inputs, give equal outputs; or the converted one gives the output that is expected of it."""
+        request = self.evidence.parity
+        if request is None:
+            return Rung(5, "skipped", "not climbed: no --parity source=… or golden=…")
+        self.outputs = report = parity(request, self.evidence.timeout)
+        notes = (*report.warnings, *(printable(note) for note in report.notes))
+        if not report.equal:
+            problem = Problem("CK412", report.sentence, where=printable(request.target.target.text),
+                              found=printable("; ".join(report.differences[:5]), 600))  # fmt: skip
+            why = "" if report.verdict == "differs" else f": {report.verdict}"
+            return replace(_failed(5, f"the outputs differ{why}", [problem]), notes=notes)
+        lost = tuple(f"without effect on the output here: {printable(text)}" for text in report.differences[:5])
+        return Rung(5, "passed", report.sentence, notes=(*lost, *notes))
+
+    def divergence(self) -> Rung:
+        """L6: where the outputs differ, the first pair of modules that gives different outputs."""
+        report, request = self.outputs, self.evidence.parity
+        if report is None or request is None:
+            return Rung(6, "skipped", "not climbed: no models were compared")
+        if report.equal:
+            return Rung(6, "skipped", "nothing to look for: the outputs are equal")
+        if request.source is None:
+            return Rung(6, "skipped", "not climbed: a golden output has no modules to compare with; name the model with --parity source=…")
+        if report.diverges is None:
+            return Rung(6, "skipped", "the outputs differ, but no pair of modules does that could be told to belong together")
+        source, target = (printable(name) or "(the model)" for name in (report.diverges.source, report.diverges.target))
+        where = f"{printable(request.source.target.text)} / {printable(request.target.target.text)}"
+        return _failed(6, f"{source} / {target}", [Problem("CK412", str(report.diverges), where=where)])
+
 
 def climb(evidence: Evidence, level: int = 3) -> Ladder:
-    """Climbs up to ``level``, stopping at the first rung that fails. Raises only for what is no verdict (a source that changed)."""
+    """Climbs up to ``level``, stopping at the first rung that fails. Raises only for what is no verdict (a source that changed).
+
+    Where the outputs differ the climb goes on to L6 unasked: the run that told so knows the module, and nobody should need a second.
+    """
     state = _Climb(evidence)
     rungs: list[Rung] = []
-    for number, rung in enumerate((state.integrity, state.accounting, state.strict, state.values, state.round_trip)):
+    every = (state.integrity, state.accounting, state.strict, state.values, state.round_trip, state.parity, state.divergence)
+    for number, rung in enumerate(every):
         if number > level:
             break
         try:
@@ -258,9 +304,12 @@ def climb(evidence: Evidence, level: int = 3) -> Ladder:
             if error.exit_code != 4:
                 raise
             rungs.append(_failed(number, "could not be built or compared", error.problems))
-        if rungs[-1].status == "failed":
+        if rungs[-1].status != "failed":
+            continue
+        if state.outputs is None or number != 5:
             break
-    return Ladder(tuple(rungs))
+        level = max(level, 6 if state.outputs.diverges is not None else 5)
+    return Ladder(tuple(rungs), state.outputs)
 
 
 def _failed(level: int, sentence: str, problems: Sequence[Problem]) -> Rung:

@@ -132,8 +132,9 @@ class ParityReport:
         return tuple(f"{what}: {_few(names)}" for names, what in found if names)
 
     def to_json(self) -> dict[str, Any]:
-        diverges = None if self.diverges is None else vars(self.diverges)
-        return {**vars(self), "diverges": diverges, "sentence": self.sentence}
+        """The fields, with null for a difference in what is not finite: JSON has no infinity."""
+        diverges = None if self.diverges is None else _finite(vars(self.diverges))
+        return {**_finite(vars(self)), "diverges": diverges, "sentence": self.sentence}
 
 
 def correspondence(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -245,6 +246,10 @@ def _error(answer: Mapping[str, Any]) -> CkptconvError:
                       try_=printable(answer["try"], 300))  # fmt: skip
     kinds: Mapping[str, type[CkptconvError]] = {"CK1": UsageError, "CK3": InputError}
     return kinds.get(problem.code[:3], FitError)(problem)
+
+
+def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
 
 
 def _few(names: Sequence[str], most: int = 5) -> str:

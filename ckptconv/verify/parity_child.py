@@ -289,7 +289,7 @@ def _given(request: Mapping[str, Any], subjects: list[Subject], stage: Stage) ->
                 if made:
                     return made, expected
         raise Refusal("there are no inputs to run the models on, and none can be made up for them", code="CK107",
-                      try_="--inputs FILE, a .pt or .safetensors file with the arguments of forward()")  # fmt: skip
+                      try_="--parity inputs=FILE, a .pt or .safetensors file with the arguments of forward()")  # fmt: skip
 
 
 def _file(path: Path) -> Any:

@@ -1,5 +1,7 @@
 """Two models on the same inputs: equal, or the first module that differs, with the reason. Whatever a model does, it gets its sentence."""
 
+import json
+import math
 import sys
 import tempfile
 import time
@@ -9,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 import ckptconv
+from ckptconv import formats
 from ckptconv.errors import FitError, InputError, UsageError
 from ckptconv.stage.preparing import Options, prepare
 from ckptconv.target.torchvision_ops import import_with_torchvision
+from ckptconv.verify import Evidence, climb
 from ckptconv.verify.parity import ParityReport, ParityRequest, Side, _data, _report, correspondence, parity
-from ckptconv.verify.parity_child import Stage, answered
+from ckptconv.verify.parity_child import Failed, Stage, answered
 from ckptconv.verify.parity_trace import Models, agree, recorded, seen
 
 NETS = """
@@ -318,6 +322,50 @@ def test_what_cannot_be_compared_is_refused(case, tmp_path):
     (tmp_path / "source.pth").write_bytes(b"nothing")
     with pytest.raises(InputError):
         parity(request, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("level", "how", "rungs"),
+    [
+        (5, {}, [(5, "passed", "outputs are equal within")]),
+        (6, {}, [(5, "passed", "outputs are equal within"), (6, "skipped", "nothing to look for: the outputs are equal")]),
+        (5, {"mapping": SWAPPED}, [(5, "failed", "the outputs differ: mapping wrong"), (6, "failed", "attn / attention")]),
+        (6, {"golden": 1.0}, [(5, "failed", "the outputs differ"), (6, "skipped", "a golden output has no modules to compare with")]),
+        (6, {"golden": 0.0}, [(5, "passed", "outputs are equal within"), (6, "skipped", "nothing to look for")]),
+        (6, {"target": "py:nets:Behaving?how=raises"}, [(5, "failed", "could not be built or compared")]),
+        (6, None, [(5, "skipped", "no --parity source=… or golden=…"), (6, "skipped", "no models were compared")]),
+    ],
+)
+def test_the_rungs_of_the_ladder(case, tmp_path, monkeypatch, level, how, rungs):
+    def in_this_process(request, timeout):
+        try:
+            return compared(request)
+        except Failed as failed:
+            raise FitError(failed.problem) from None
+
+    monkeypatch.setattr("ckptconv.verify.ladder.parity", in_this_process)
+    request = case(**{name: value for name, value in (how or {}).items() if name != "golden"})
+    if how and "golden" in how:
+        namespace = {}
+        exec(NETS, namespace)
+        model, inputs = namespace["Theirs"]().eval(), torch.load(tmp_path / "inputs.pt")
+        model.load_state_dict(converted(state(), MAPPING))
+        with torch.no_grad():
+            torch.save({"inputs": inputs, "output": model(*inputs)["hidden"] + how["golden"]}, tmp_path / "golden.pt")
+        request = case(source=None, inputs=None, golden=tmp_path / "golden.pt")
+    written = request.target.weights
+    ladder = climb(Evidence([written], lambda: formats.read(written), "safetensors", parity=None if how is None else request), level)
+    found = [rung for rung in ladder.rungs if rung.level >= 5]
+    assert [(rung.level, rung.status) for rung in found] == [(number, status) for number, status, _ in rungs]
+    assert [sentence in rung.sentence for rung, (_, _, sentence) in zip(found, rungs, strict=True)] == [True] * len(rungs)
+    assert (ladder.parity is not None) is (how is not None and "target" not in how)
+    assert ladder.problems or all(rung.status != "failed" for rung in found)
+
+
+def test_what_is_not_finite_is_no_json():
+    report = ParityReport(False, "differs", math.inf, math.nan, 1e-4, "float32", "output")
+    assert json.dumps(report.to_json(), allow_nan=False)
+    assert report.to_json()["max_abs"] is None
 
 
 def test_timm_against_transformers(tmp_path):
