@@ -297,7 +297,7 @@ def verify(
         if style == "text":
             out.run_report(report)
         else:
-            out.annotations([(destination, report.ladder.problems() if report.ladder else ())], style)
+            out.annotations([(destination, report.ladder.problems)], style)
         return 4 if report.ladder.failed else 0
 
 

@@ -66,17 +66,13 @@ class Ladder:
     @property
     def problems(self) -> list[Problem]:
         """Those of every rung that failed: L6 says where it is that L5 found a difference."""
-        return [problem for rung in self.rungs for problem in rung.problems]
+        failed = [rung for rung in self.rungs if rung.status == "failed"]
+        return [problem for rung in failed for problem in rung.problems or (Problem("CK407", f"L{rung.level}: {rung.sentence}"),)]
 
     @property
     def reached(self) -> str:
         """The passed rungs, as they are recorded in outputs: ``L0 L1 L3``; ``none`` when nothing was proved."""
         return " ".join(f"L{rung.level}" for rung in self.rungs if rung.status == "passed") or "none"
-
-    def problems(self) -> tuple[Problem, ...]:
-        """Everything that the failed rungs found; a rung that found nothing more says its sentence."""
-        failed = [rung for rung in self.rungs if rung.status == "failed"]
-        return tuple(problem for rung in failed for problem in rung.problems or (Problem("CK407", f"L{rung.level}: {rung.sentence}"),))
 
     def to_json(self) -> dict[str, Any]:
         parity = None if self.parity is None else self.parity.to_json()
