@@ -193,8 +193,10 @@ def _subject(role: str, side: Mapping[str, Any], stage: Stage, notes: list[str])
 def _weights(path: Path, container: str) -> dict[str, Tensor]:
     """The tensors of one state_dict of a checkpoint, by ckptconv's own readers."""
     from ckptconv import formats
-    from ckptconv.execute.memory_run import LazyTensors
+    from ckptconv.execute.memory_run import LazyTensors, evaluate
     from ckptconv.execute.sources import Sources
+    from ckptconv.plan import Output, Plan
+    from ckptconv.planner import initial_table
 
     contents = formats.read(path)
     found = contents.containers
@@ -202,8 +204,12 @@ def _weights(path: Path, container: str) -> dict[str, Tensor]:
     if name not in found or (not container and "." not in found and len(found) > 1):
         raise Refusal(f"the file has no state_dict {printable(name)!r}" if container or not found else "several state_dicts, and none was chosen",
                       code="CK309", found=", ".join(map(printable, found)))  # fmt: skip
+    chosen = found[name]
+    # What is stored in parts (sparse, quantised, chunks) is put together as a conversion that changes nothing would do it.
+    table = initial_table(chosen.stored_manifest, chosen.composites)
+    whole = Plan(chosen.stored_manifest, tuple(Output(key, entry.expr) for key, entry in table.items()))
     with Sources(contents.files) as opened:
-        return dict(LazyTensors(found[name].tensors, opened))
+        return evaluate(whole, LazyTensors(chosen.stored, opened))
 
 
 def _runner(side: Mapping[str, Any], model: nn.Module) -> Callable[[Any], Any]:

@@ -263,6 +263,15 @@ def test_degenerate_weights_are_named(case):
     assert "mlp.down.bias" in report.warnings[0]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_a_source_stored_in_parts_is_put_together(case, tmp_path):
+    request = case()
+    weights = state()
+    name = next(key for key, value in weights.items() if value.dim() == 2)
+    torch.save({"model": {**weights, name: weights[name].to_sparse_coo()}}, tmp_path / "source.pth")
+    assert compared(request).equal
+
+
 def test_half_precision_has_its_own_tolerance(case):
     weights = state()
     request = case(weights=weights)
