@@ -37,10 +37,11 @@ def derived(plan: Plan, universe: Sequence[str] = (), comment: str = "derived fr
     Raises :class:`Unturned` for a form that they cannot say.
     """
     aliases = {name: group[0] for group in plan.ties for name in group[1:]}
-    outputs = [output for output in plan.outputs if output.name not in aliases]
+    outputs, copies = _apart([output for output in plan.outputs if output.name not in aliases])
     universe = list(dict.fromkeys([*universe, *plan.manifest.tensors, *plan.source.tensors]))
     written: list[Written] = []
-    idle = [name for drop in plan.dropped for name in drop.sources]
+    used = {name for output in plan.outputs for name in reads(output.expr)}
+    idle = [name for name in plan.source if name not in used]
     if idle:
         written.append(_drop(idle, [*universe]))
     converts: list[Written] = []
@@ -53,8 +54,27 @@ def derived(plan: Plan, universe: Sequence[str] = (), comment: str = "derived fr
     written += converts
     if any(pattern != template for pattern, template in table.items()):
         written.append(Written("rename", table))
+    there = [output.name for output in outputs]
+    for entry in guessed([Row((first,), tuple(names)) for first, names in copies.items()], there) if copies else ():
+        tos = [text_of(parts) for parts in entry.values]
+        written.append(Written("copy", {"from": text_of(entry.keys[0]), "to": tos if len(tos) > 1 else tos[0]}))
     written += [Written("tie", {"from": first, "to": name}) for name, first in aliases.items()]
     return [replace(step, comment=comment) for step in written]
+
+
+def _apart(outputs: Sequence[Output]) -> tuple[list[Output], dict[str, list[str]]]:
+    """The outputs, each value once, and the names that are copies of it: of its own name, if it has one that stays."""
+    firsts: dict[Expr, Output] = {}
+    for output in outputs:
+        if output.expr not in firsts or (isinstance(output.expr, Read) and output.expr.name == output.name):
+            firsts[output.expr] = output
+    copies: dict[str, list[str]] = {}
+    for output in outputs:
+        first = firsts[output.expr]
+        if output is not first:
+            copies.setdefault(first.name, []).append(output.name)
+    chosen = {first.name for first in firsts.values()}
+    return [output for output in outputs if output.name in chosen], copies
 
 
 def _drop(names: Sequence[str], universe: Sequence[str]) -> Written:

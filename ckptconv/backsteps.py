@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ckptconv.backnames import (
@@ -34,21 +35,23 @@ from ckptconv.backplan import Unturned, Written, derived
 from ckptconv.errors import Refusal
 from ckptconv.invert import invert
 from ckptconv.plan import Apply, Expr, Origin, Output, Plan, Read, reads
+from ckptconv.planner import Run
 from ckptconv.ruleset import expressions, steps
 from ckptconv.ruleset.expressions import Node
 from ckptconv.ruleset.model import RuleFile, RuleStep
 from ckptconv.ruleset.patterns import Capture, Pattern, Template
-from ckptconv.ruleset.steps.base import Context, KeyCondition, Scope, Step, Table, with_captures
+from ckptconv.ruleset.steps.base import Context, Scope, Step, Table, integer, with_captures
 from ckptconv.ruleset.steps.base import Entry as Line
 from ckptconv.ruleset.steps.choosing import Check, Copy, Drop, Keep
 from ckptconv.ruleset.steps.combining import NamedStep
 from ckptconv.ruleset.steps.fan import fan_out, grouped
 from ckptconv.ruleset.steps.filling import FillStep
+from ckptconv.ruleset.steps.including import Include
 from ckptconv.ruleset.steps.joining import AlongStep, ConcatStep, Split, Stack, Unstack
 from ckptconv.ruleset.steps.naming import AddPrefix, Rename, StripInfix, StripPrefix
 from ckptconv.ruleset.steps.shaping import AffineStep, MapStep, RearrangeStep
 from ckptconv.spec import Box, Manifest, TensorSpec
-from ckptconv.transforms import Affine, Cast, Index, Rearrange, Reshape, Slice, Transform
+from ckptconv.transforms import Affine, Cast, Guard, Index, Rearrange, Reshape, Slice, Transform
 from ckptconv.transforms.rearrange import sides
 
 
@@ -72,6 +75,7 @@ class Walk:
     written: list[Written] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  #: variables that the written steps mention
+    file: str = ""  #: the rule file whose lines need no name
 
 
 @dataclass
@@ -93,7 +97,8 @@ class Turn:
 
     @property
     def label(self) -> str:
-        return f"line {self.rule.line}: {self.rule.step.op}"
+        file = self.context.origin.file
+        return f"{f'{Path(file).stem} ' if file != self.walk.file else ''}line {self.rule.line}: {self.rule.step.op}"
 
     def write(self, op: str, body: Any) -> None:
         self.written.append(Written(op, body, f"undoes {self.label}"))
@@ -114,28 +119,118 @@ class Turn:
         return list(dict.fromkeys([*self.have, *self.made]))
 
 
+@dataclass(frozen=True)
+class Done:
+    """One forward step that was done; of an include, with the steps that it was."""
+
+    rule: RuleStep
+    context: Context
+    before: Table
+    after: Table
+    inner: tuple[Done, ...] = ()
+
+
+class _Recording(Run):
+    """The steps of a rule file, each noted with the tables before and after it."""
+
+    def __init__(self) -> None:
+        super().__init__("SRC")
+        self.done: list[Done] = []
+
+    def step(self, rule_step: RuleStep, table: Table, context: Context) -> Table:
+        outer, self.done = self.done, []
+        after = super().step(rule_step, table, context)
+        if not isinstance(rule_step.step, Include) or after is not table:
+            outer.append(Done(rule_step, context, table, after, tuple(self.done)))
+        self.done = outer
+        return after
+
+
 def turned(rules: RuleFile, source: Table, scope: Scope, back: Scope) -> Walk:
     """The steps of the way back, last to first. Raises :class:`Unturned` where one cannot be turned round on its own."""
-    tables: list[tuple[RuleStep, Context, Table, Table]] = []
-    table = source
-    for rule in rules.steps:
-        context = Context(Origin(rules.file, rule.line, rule.number, rule.step.op), rule.where, scope)
-        if _wanted(rule.step, table, scope):
-            after = rule.step.lower(table, context)
-            tables.append((rule, context, table, after))
-            table = after
-    walk = Walk(scope, back, list(table))
-    for rule, context, before, after in reversed(tables):
-        _undo(Turn(walk, rule, context, before, after))
+    recording = _Recording()
+    table = recording.steps(rules, source, scope)
+    walk = Walk(scope, back, list(table), file=rules.file)
+    _back_through(walk, recording.done)
     return walk
 
 
-def _wanted(step: Step, table: Table, scope: Scope) -> bool:
-    if step.when is None:
-        return True
-    if isinstance(step.when, KeyCondition):
-        return not step.when.failure(table)
-    return bool(expressions.evaluate(step.when, scope.lookup({}, table)))
+def _back_through(walk: Walk, done: Sequence[Done]) -> None:
+    back = walk.back
+    for each in reversed(done):
+        walk.scope, walk.back = each.context.scope, _seen(each.context.scope, back)
+        turn = Turn(walk, each.rule, each.context, each.before, each.after)
+        if isinstance(each.rule.step, Include):
+            _undo_include(turn, each.rule.step, each.inner, back)
+        else:
+            _undo(turn)
+    walk.back = back
+
+
+def _seen(scope: Scope, back: Scope) -> Scope:
+    """What the way back of a step sees: nothing, where the step's rule file was included with variables that mean something else."""
+    alike = all(back.declared.get(name, value) == value for name, value in scope.declared.items())
+    return back if alike and scope.given == back.given and scope.config == back.config else Scope()
+
+
+def _undo_include(turn: Turn, step: Include, inner: Sequence[Done], back: Scope) -> None:
+    """The steps of an included rule file, each turned round, in the place of the include; under its scope, with that before every name."""
+    walk = turn.walk
+    losses = len(walk.losses)
+    names = [name for name in walk.have if name.startswith(step.scope)]
+    inside = Walk(walk.scope, back, [name.removeprefix(step.scope) for name in names], file=walk.file)
+    try:
+        _back_through(inside, inner)
+        written = [under(each, step.scope) for each in inside.written] if step.scope else inside.written
+        have = [name for name in walk.have if not name.startswith(step.scope)] + [step.scope + name for name in inside.have]
+        _same_names(turn, written, have)
+    except Unturned as first:
+        del walk.losses[losses:]
+        try:
+            _undone_by(_general, turn)
+        except Unturned as second:
+            raise Unturned(f"{turn.label}: {first}; {second}") from None
+        return
+    walk.have = have
+    walk.written += written
+    walk.losses += inside.losses
+    walk.used |= inside.used
+
+
+def _same_names(turn: Turn, written: Sequence[Written], wanted: Sequence[str]) -> None:
+    table: Table = {name: Line(Read(name, turn.after[name].expr.spec)) for name in turn.have}
+    for each in written:
+        table = lowered(each, table, turn.walk.back)
+    if set(table) != set(wanted):
+        raise Unturned(f"the way back gives other names ({', '.join(sorted(set(table) ^ set(wanted))[:3])})")
+
+
+def under(written: Written, scope: str) -> Written:
+    """A step for the names under ``scope``.
+
+    >>> under(Written("rename", {"a.{p}": "b.{p}"}), "m.").body, under(Written("add_prefix", "x."), "m.").body
+    ({'m.a.{p}': 'm.b.{p}'}, {'m.{r:**}': 'm.x.{r}'})
+    """
+    before = escaped(scope)
+    if written.op == "rename":
+        return replace(written, body={before + pattern: before + template for pattern, template in written.body.items()})
+    if written.op in ("add_prefix", "strip_prefix"):
+        body = {"prefix": written.body} if isinstance(written.body, str) else written.body
+        if "keys" in body or not body["prefix"].endswith("."):
+            raise Unturned(f"{written.op} of some names has no word for it under {scope}")
+        prefix = escaped(body["prefix"])
+        names = (f"{before}{{r:**}}", f"{before}{prefix}{{r:**}}")
+        old, new = names if written.op == "add_prefix" else names[::-1]
+        return replace(written, op="rename", body={old: new.replace(":**", "")})
+    body = {
+        key: _each(value, before) if key in ("keys", "from", "to") else value
+        for key, value in (written.body if isinstance(written.body, Mapping) else {"keys": written.body}).items()
+    }
+    return replace(written, body=body)
+
+
+def _each(texts: Any, before: str) -> Any:
+    return before + texts if isinstance(texts, str) else [before + text for text in texts]
 
 
 def _undo(turn: Turn) -> None:
@@ -173,7 +268,7 @@ def _general(turn: Turn) -> None:
     """Any step, from the inverse of the plan of this step alone."""
     context = Context(turn.context.origin, turn.context.where, turn.walk.scope)
     before: Table = {name: Line(Read(name, line.expr.spec)) for name, line in turn.before.items()}
-    after = turn.rule.step.lower(before, context)
+    after = Run("SRC").step(turn.rule, before, context)
     same = {name for name, line in after.items() if before.get(name) is not None and before[name].expr == line.expr}
     have = set(turn.have)
     there = tuple(Output(name, line.expr) for name, line in after.items() if name in have and name not in same)
@@ -414,7 +509,7 @@ def _split(turn: Turn) -> None:
             known[old] = captures
             turn.made[old] = news
         for entry in named(turn.universe, pattern, targets, pairs) if pairs else ():
-            for sub, axes in _with_axes(turn, step, entry, [known[row.values[0]] for row in entry.rows]):
+            for sub, axes in _with_axes(turn, step, entry, [known[row.values[0]] for row in entry.rows], _inner(step)):
                 turn.write("concat", {"from": _one(texts_of(sub.keys)), "to": text_of(sub.values[0]), **_along(step), **axes})
 
 
@@ -429,27 +524,56 @@ def _along(step: AlongStep) -> dict[str, Any]:
     return {"dim": step.dim} if step.layout is None else {"layout": step.layout, "along": step.along}
 
 
+def _inner(step: AlongStep) -> tuple[str, ...]:
+    """The axes that a piece is opened by: those beside ``along``, which a piece has less of."""
+    if step.layout is None or step.along is None:
+        return ()
+    group = next(group for group in sides(f"{step.layout} -> {step.layout}")[0] if group is not None and step.along in group)
+    others = [axis for axis in group if axis != step.along]
+    return (*(axis for axis in step.axes if axis != step.along), *(axis for axis in others if axis not in step.axes))
+
+
 def _with_axes(
-    turn: Turn, step: AlongStep | RearrangeStep, entry: Entry, known: Sequence[Mapping[str, Capture]]
+    turn: Turn, step: AlongStep | RearrangeStep, entry: Entry, known: Sequence[Mapping[str, Capture]], wanted: Sequence[str] | None = None
 ) -> list[tuple[Entry, dict[str, Any]]]:
-    """The entry with the step's axis sizes: as they are written where that means the same on the way back, else their values."""
+    """The entry with the sizes of axes (the step's own, or ``wanted``): as they are written where that means the same on the way back,
+    else their values."""
     given = step.axes if isinstance(step, AlongStep) else step.sizes
-    axes = {name: _kept(turn, node, entry, known) for name, node in given.items()}
+    wanted = tuple(given) if wanted is None else wanted
+    axes = {name: _kept(turn, given[name], entry, known) if name in given else None for name in wanted}
     if None not in axes.values():
-        for node in given.values():
-            turn.walk.used |= node.names()
+        for name in wanted:
+            turn.walk.used |= given[name].names()
         return [(entry, axes)]
     groups: dict[tuple[int, ...], list[Row]] = {}
     for row, captures in zip(entry.rows, known, strict=True):
-        lookup = turn.walk.scope.lookup(captures, turn.before, (row.values or row.keys)[0])
-        groups.setdefault(tuple(expressions.evaluate(node, lookup) for node in given.values()), []).append(row)
+        old = (row.values or row.keys)[0]
+        lookup = turn.walk.scope.lookup(captures, turn.before, old)
+        seen = _measured(step, turn.before[old].expr, lookup) if isinstance(step, AlongStep) and not set(wanted) <= set(given) else {}
+        sizes = tuple(expressions.evaluate(given[name], lookup) if name in given else seen[name] for name in wanted)
+        groups.setdefault(sizes, []).append(row)
     if len(groups) == 1:
-        return [(entry, dict(zip(given, next(iter(groups)), strict=True)))]
+        numbers = dict(zip(wanted, next(iter(groups)), strict=True))
+        said = {name: numbers[name] if text is None else text for name, text in axes.items()}
+        for name in wanted:
+            turn.walk.used |= given[name].names() if axes[name] is not None else set()
+        return [(entry, said)]
     return [
-        (part, dict(zip(given, sizes, strict=True)))
+        (part, dict(zip(wanted, sizes, strict=True)))
         for sizes, rows in groups.items()
         for part in guessed([replace(row, wants={}) for row in rows], turn.universe)
     ]
+
+
+def _measured(step: AlongStep, expr: Expr, lookup: expressions.Lookup) -> dict[str, int]:
+    """The sizes of all axes of a layout, as a tensor that was cut has them."""
+    assert step.layout is not None
+    assert step.along is not None
+    total = sum(integer(size, lookup, "a size", 0) for size in step.sizes) if isinstance(step, Split) and step.sizes is not None else None
+    opened, axis = step.opened(expr, lookup, total)
+    group = next(group for group in sides(f"{step.layout} -> {step.layout}")[0] if group is not None and step.along in group)
+    first = axis - group.index(step.along)
+    return dict(zip(group, opened.spec.shape[first : first + len(group)], strict=True))
 
 
 def _kept(turn: Turn, node: Node, entry: Entry, known: Sequence[Mapping[str, Capture]]) -> Any:
@@ -782,21 +906,34 @@ def _fewer(turn: Turn) -> None:
     kept: dict[Expr, str] = {}
     for name in turn.have:
         kept.setdefault(turn.after[name].expr, name)
+    for name in turn.have:
+        for expr in _equals(turn.after[name].expr):
+            kept.setdefault(expr, name)
     lost = []
     for old in turn.before:
         if old in turn.after:
             continue
-        twin = kept.get(turn.before[old].expr)
+        twin = next((kept[expr] for expr in _equals(turn.before[old].expr) if expr in kept), None)
         if twin is None:
             lost.append(old)
         else:
-            tied = turn.before[old].identity == turn.after[twin].identity
+            was, now = turn.before[old], turn.after[twin]
+            tied = was.expr == now.expr and was.identity == now.identity  # what was only checked to be equal had bytes of its own
             turn.write("tie" if tied else "copy", {"from": twin, "to": old})
             turn.made[old] = (twin,)
             turn.made.setdefault(twin, (twin,))
     step = turn.rule.step
     reason = step.reason if isinstance(step, (Drop, Keep)) else ""
     turn.lose(lost, f"dropped: {reason}" if reason else "dropped")
+
+
+def _equals(expr: Expr) -> list[Expr]:
+    """The expression, and what it was checked to be equal to."""
+    found = [expr]
+    for each in found:
+        if isinstance(each, Apply) and isinstance(each.transform, Guard):
+            found += each.arguments
+    return found
 
 
 def _copied(turn: Turn) -> None:

@@ -24,7 +24,7 @@ from ckptconv.ruleset import expressions
 from ckptconv.ruleset.expressions import Node
 from ckptconv.ruleset.model import RuleFile, parse
 from ckptconv.ruleset.patterns import Pattern
-from ckptconv.ruleset.steps import Scope, Table
+from ckptconv.ruleset.steps import Include, Scope, Table
 from ckptconv.ruleset.steps.base import Entry
 from ckptconv.ruletests import run_tests
 from ckptconv.spec import DType, Manifest, TensorSpec
@@ -96,14 +96,14 @@ class _Job:
     def __init__(self, rules: RuleFile, like: Manifest, given: dict[str, Any], config: Mapping[str, Any] | None) -> None:
         self.rules, self.like, self.given, self.config = rules, like, given, config
         self.forward = make_plan(rules, like, given=given, config=config)
-        declared = rules.header.vars
-        self.scope = Scope(given, declared, config)
-        self.kept = {name: value for name, value in declared.items() if name not in given and not self._asks(name, set())}
+        self.scope = Scope(given, rules.header.vars, config)
+        self.declared = _declared(rules)
+        self.kept = {name: value for name, value in self.declared.items() if name not in given and not self._asks(name, set())}
         self.back = Scope(given, self.kept, config)
 
     def _asks(self, name: str, seen: set[str]) -> bool:
         """True where a variable's value depends on the source's tensors, which the way back does not see."""
-        value = self.rules.header.vars.get(name)
+        value = self.declared.get(name)
         if not isinstance(value, str) or name in seen:
             return False
         return _calls(expressions.parse(value)) or any(self._asks(each, seen | {name}) for each in expressions.parse(value).names())
@@ -257,6 +257,15 @@ class _Job:
         return [name for name in manifest if name in chosen]
 
 
+def _declared(rules: RuleFile) -> dict[str, Any]:
+    """The variables of a rule file, and of those that it includes as they are."""
+    found = dict(rules.header.vars)
+    for each in rules.steps:
+        if each.included is not None and isinstance(each.step, Include) and not each.step.set and each.step.config is None:
+            found = {**_declared(each.included), **found}
+    return found
+
+
 def _touched(step: Written, before: Table, after: Table) -> Iterable[tuple[str, ...]]:
     """For each pattern of a step, the tensors behind the first name that it changed."""
     for text in _patterns(step) or ["**"]:
@@ -375,8 +384,10 @@ def _block(body: Mapping[str, Any], indent: int) -> list[str]:
     lines: list[str] = []
     for key, value in body.items():
         text = f"{' ' * indent}{flow(key)}: {flow(value)}"
-        if len(text) <= _LINE or not isinstance(value, (list, Mapping)) or not value:
+        if len(text) <= _LINE or not isinstance(value, (list, Mapping, str)) or not value:
             lines.append(text)
+        elif isinstance(value, str):
+            lines += [f"{' ' * indent}{flow(key)}:", f"{' ' * (indent + 2)}{flow(value)}"]
         elif isinstance(value, Mapping):
             lines += [f"{' ' * indent}{flow(key)}:", *_block(value, indent + 2)]
         else:

@@ -47,7 +47,7 @@ def make_plan(
     refusal = _unmet(rules, scope, table)
     if refusal:
         raise FitError(Problem("CK208", f"the rule {rules.label} is not for this checkpoint: {refusal}", where=f"{rules.file}  when"))
-    run = _Run(shown_source)
+    run = Run(shown_source)
     table = run.steps(rules, table, scope)
     problems, notes, dropped = run.problems, run.notes, run.dropped
     outputs = tuple(Output(name, entry.expr, entry.origin) for name, entry in table.items())
@@ -68,7 +68,7 @@ def make_plan(
     return Plan(source, outputs, ties, tuple(dropped), tuple(notes))
 
 
-class _Run:
+class Run:
     """The steps of a rule file, and of those that it includes, folded over a table; what they find is collected."""
 
     def __init__(self, shown_source: str) -> None:
@@ -82,16 +82,19 @@ class _Run:
             origin = Origin(rules.file, rule_step.line, rule_step.number, rule_step.step.op)
             context = Context(origin, rule_step.where, scope, self.shown_source)
             if _wanted(rule_step, table, context):
-                if isinstance(rule_step.step, Include):
-                    table = self._include(rule_step.step, rule_step.included, table, context)
-                else:
-                    table = rule_step.step.lower(table, context)
+                table = self.step(rule_step, table, context)
             # After a step that failed, a later one may find nothing only because of that: saying so twice would hide the cause.
             failed = any(problem.code != "CK201" for problem in self.problems)
             self.problems += [problem for problem in context.problems if not (failed and problem.code == "CK201")]
             self.notes += context.notes
             self.dropped += context.dropped
         return table
+
+    def step(self, rule_step: RuleStep, table: Table, context: Context) -> Table:
+        """The table after one step that is wanted."""
+        if isinstance(rule_step.step, Include):
+            return self._include(rule_step.step, rule_step.included, table, context)
+        return rule_step.step.lower(table, context)
 
     def _include(self, step: Include, rules: RuleFile | None, table: Table, context: Context) -> Table:
         assert rules is not None, "the loader found it"
