@@ -411,7 +411,7 @@ def test_ranks_of_many_layers_are_cut_alike():
     assert {
         "copy": {"from": "00::layers.{j:int}.ffn_norm.weight", "to": [f"{at:02d}::layers.{{j}}.ffn_norm.weight" for at in (1, 2)]}
     } in steps
-    assert len(steps) == 13
+    assert len(steps) == 12
 
 
 def test_what_was_checked_to_be_equal_is_its_twin_again_with_bytes_of_its_own():
