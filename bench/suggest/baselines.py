@@ -1,4 +1,5 @@
-"""Simple ways to guess a conversion, for comparison. Each matches one source tensor to one target tensor of the same shape and dtype.
+"""Simple ways to guess a conversion, for comparison. Each matches one source tensor to one target tensor of the same shape
+and kind of numbers.
 
 ``suffix``: the longest common end of two names first. ``hungarian``: the assignment of greatest total name similarity among tensors of one
 shape. ``alignment``: both models in their order, aligned so that as many shapes as possible agree. None can cut or join tensors. They are
@@ -17,6 +18,7 @@ import numpy as np
 
 from ckptconv.spec import Manifest, TensorSpec
 
+Key = tuple[tuple[int, ...], str]  #: what must agree: the shape and the kind of numbers
 Matched = dict[str, str]  #: target name -> source name
 
 
@@ -41,23 +43,36 @@ def guess(match: Callable[[Manifest, Manifest], Matched], source: Manifest, targ
     verdict = "not convertible" if missing else "convertible with loss" if unused else "convertible"
     reason = f"{len(missing)} of {len(target)} have no source" if missing else ""
     mapping = {name: ((other,), "rename") for name, other in found.items()}
-    text = _rule(found, [*unused, *source.aliases])  # the other names of a tie: the target's own are tied again when it is loaded
+    text = _rule(
+        found, [*unused, *source.aliases], source, target
+    )  # the other names of a tie: the target's own are tied again when it is loaded
     return Guess(verdict, reason, text, mapping, missing, unused, dict.fromkeys(found, "likely"))
 
 
-def _rule(found: Matched, unused: Sequence[str]) -> str:
+def _rule(found: Matched, unused: Sequence[str], source: Manifest, target: Manifest) -> str:
     """A rule with an entry per tensor. JSON is YAML."""
+    if not found:
+        return ""
     steps: list[dict[str, object]] = []
     if unused:
         steps.append({"drop": {"keys": list(unused), "reason": "no target"}})
-    steps.append({"rename": {source: target for target, source in found.items()}})
+    steps.append({"rename": {other: name for name, other in found.items()}})
+    casts: dict[str, list[str]] = defaultdict(list)
+    for name, other in found.items():
+        if source[other].dtype != target[name].dtype:
+            casts[target[name].dtype.value].append(name)
+    steps += [{"cast": {"keys": names, "dtype": dtype}} for dtype, names in casts.items()]
     return json.dumps({"version": 1, "name": "baseline", "summary": "one entry per tensor", "steps": steps}, ensure_ascii=False, indent=1)
 
 
-def _grouped(manifest: Manifest) -> dict[TensorSpec, list[str]]:
-    groups: dict[TensorSpec, list[str]] = defaultdict(list)
+def _key(spec: TensorSpec) -> Key:
+    return spec.shape, spec.dtype.kind
+
+
+def _grouped(manifest: Manifest) -> dict[Key, list[str]]:
+    groups: dict[Key, list[str]] = defaultdict(list)
     for name, spec in manifest.stored.items():
-        groups[spec].append(name)
+        groups[_key(spec)].append(name)
     return groups
 
 
@@ -152,9 +167,9 @@ def assignment(cost: np.ndarray) -> tuple[list[int], list[int]]:
 
 def alignment(source: Manifest, target: Manifest) -> Matched:
     """The longest common subsequence of shapes, both models in their order; among equals the one that pairs early ones."""
-    left, right = list(target.stored.items()), list(source.stored.items())
+    left, right = ([(name, _key(spec)) for name, spec in each.stored.items()] for each in (target, source))
     best = np.zeros((len(left) + 1, len(right) + 1), dtype=np.int32)
-    specs = {spec: at for at, spec in enumerate({spec for _, spec in (*left, *right)})}
+    specs = {spec: at for at, spec in enumerate({key for _, key in (*left, *right)})}
     theirs = np.array([specs[spec] for _, spec in right])
     for i in range(len(left) - 1, -1, -1):
         same = theirs == specs[left[i][1]]
