@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -21,10 +21,12 @@ from ckptconv.layout import renamed_versions
 from ckptconv.plan import Read
 from ckptconv.planner import make_plan
 from ckptconv.report.changes import Change, changes
-from ckptconv.report.model import Candidate, Difference, Inspection, RunReport, difference
+from ckptconv.report.model import Candidate, Difference, Inspection, RuleReport, RunReport, difference
 from ckptconv.ruleset import builtin
 from ckptconv.ruleset import model as ruleset
 from ckptconv.ruleset.model import RuleFile
+from ckptconv.ruleset.rewriting import rewritten
+from ckptconv.ruleset.testfile import is_test_file, rule_of, tests_of
 from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_word, open_source, rule_file, variables
 from ckptconv.stage.parity import parity_words
@@ -237,28 +239,40 @@ def verify(
 
 
 def check(rules: Sequence[str | Path]) -> list[tuple[str, tuple[Problem, ...]]]:
-    """Validates rule files: (file, its problems) for each, no problems where it is right. Names of built-in rules work too."""
+    """Validates rule files and the test files beside them: (file, its problems) for each, no problems where it is right.
+
+    Names of built-in rules work too, and a test file stands for its rule.
+    """
     found: list[tuple[str, tuple[Problem, ...]]] = []
-    for word in rules:
-        try:
-            rule_file(word)
-        except CkptconvError as error:
-            found.append((str(word), error.problems))
+    for word, parsed in _each_rule(rules):
+        if isinstance(parsed, RuleFile):
+            try:
+                tests_of(parsed)
+            except CkptconvError as error:
+                found.append((word, error.problems))
+            else:
+                found.append((word, ()))
         else:
-            found.append((str(word), ()))
+            found.append((word, parsed.problems))
     return found
 
 
-def rule_tests(rules: Sequence[str | Path] | None = None) -> list[tuple[str, int, tuple[Problem, ...]]]:
-    """Runs the tests that rule files carry, of all built-in rules where none is named: (file, number of tests, failures) for each."""
-    found: list[tuple[str, int, tuple[Problem, ...]]] = []
-    for word in rules if rules is not None else builtin.names():
+def rule_tests(rules: Sequence[str | Path] | None = None, *, update: bool = False) -> list[RuleReport]:
+    """Runs the tests of rule files, of all built-in rules where none is named.
+
+    With ``update``, the `expect` of a failing test becomes what the rule makes, in its file; all else of the file stays as it is.
+    """
+    if update and rules is None:
+        raise UsageError(Problem("CK107", "--update rewrites files, and none is named", try_="ckptconv test rules/mine.yaml --update"))
+    found: list[RuleReport] = []
+    for word, parsed in _each_rule(rules if rules is not None else builtin.names()):
+        if not isinstance(parsed, RuleFile):
+            found.append(RuleReport(word, problems=parsed.problems))
+            continue
         try:
-            parsed = rule_file(word)
+            found.append(_tested(word, parsed, update))
         except CkptconvError as error:
-            found.append((str(word), 0, error.problems))
-        else:
-            found.append((str(word), len(parsed.header.tests), tuple(ruletests.problems(parsed))))
+            found.append(RuleReport(word, problems=error.problems))
     return found
 
 
@@ -320,6 +334,62 @@ def import_rule(word: str, out: str | Path | None = None, *, prove: bool = False
     return text
 
 
+def _tested(word: str, rules: RuleFile, update: bool) -> RuleReport:
+    outcomes = ruletests.run_tests(rules)
+    changed = _updated(rules, outcomes) if update else ()
+    if changed:
+        outcomes = ruletests.run_tests(rule_file(word))
+    todo = tuple(f"{outcome.name}: {outcome.failures[0]}" for outcome in outcomes if outcome.todo and outcome.failures)
+    failed = sum(not outcome.passed for outcome in outcomes)
+    count = sum(outcome.placed is not None for outcome in outcomes)
+    return RuleReport(word, count, failed, tuple(ruletests.problems(rules, outcomes)), todo, changed)
+
+
+def _updated(rules: RuleFile, outcomes: Sequence[ruletests.Outcome]) -> tuple[str, ...]:
+    """Rewrites the `expect` of failing tests in their files; all of them or, where one cannot be mended, none. Gives back their names."""
+    if rules.path is None or rules.builtin or builtin.is_installed(rules.path):
+        raise UsageError(
+            Problem("CK107", "--update leaves built-in rules as they are", where=printable(rules.file), try_="name a file by its path")
+        )
+    failing = [outcome for outcome in outcomes if not outcome.passed and not outcome.todo and outcome.placed is not None]
+    unplanned = [outcome for outcome in failing if outcome.made is None]
+    if unplanned:
+        raise UsageError([
+            Problem("CK108", f"test {printable(outcome.name)!r}: nothing is rewritten, because it cannot be planned: {outcome.failures[0]}",
+                    where=outcome.placed.where if outcome.placed else "")
+            for outcome in unplanned
+        ])  # fmt: skip
+    by_file: dict[Path, list[ruletests.Outcome]] = {}
+    for outcome in failing:
+        if (
+            outcome.placed is not None
+            and outcome.placed.file is not None
+            and any(each.kind in ruletests.MENDABLE for each in outcome.failures)
+        ):
+            by_file.setdefault(outcome.placed.file, []).append(outcome)
+    written = {
+        path: rewritten(path, {each.placed.at: each.made for each in group if each.placed is not None and each.made is not None})
+        for path, group in by_file.items()
+    }
+    for path, text in written.items():
+        write_text(path, text, force=True)
+    return tuple(outcome.name for group in by_file.values() for outcome in group)
+
+
+def _each_rule(words: Sequence[str | Path]) -> Iterator[tuple[str, RuleFile | CkptconvError]]:
+    """Every rule that the words mean, once, or why it is none. A test file stands for its rule."""
+    seen: set[str] = set()
+    for word in map(str, words):
+        try:
+            meant = str(rule_of(Path(word))) if is_test_file(Path(word)) else word
+            if meant in seen:
+                continue
+            seen.add(meant)
+            yield meant, rule_file(meant)
+        except CkptconvError as error:
+            yield word, error
+
+
 def manifest_of_state_dict(state_dict: Mapping[str, Any]) -> Manifest:
     """Names, shapes, dtypes and ties of a state_dict's tensors; what is not a tensor is left out."""
     tensors: dict[str, TensorSpec] = {}
@@ -377,5 +447,5 @@ def write_text(path: Path, text: str, *, force: bool) -> None:
     from ckptconv.execute.staging import Staging
 
     with Staging(path, is_folder=False, force=force) as staging:
-        staging.path_of(path.name).write_text(text, encoding="utf-8")
+        staging.path_of(path.name).write_text(text, encoding="utf-8", newline="")
         staging.publish(sync=False)

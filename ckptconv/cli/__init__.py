@@ -318,27 +318,33 @@ def check(rules: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbos
         return 1 if any(problems for _, problems in found) else 0
 
 
-@cli.command(
-    context_settings=CONTEXT, epilog=_examples("ckptconv test rules/", "ckptconv test rules/mine.yaml", "ckptconv test dataparallel")
-)
+@cli.command(context_settings=CONTEXT, epilog=_examples(
+    "ckptconv test rules/",
+    "ckptconv test dataparallel",
+    "ckptconv test rules/mine.yaml --update",
+))  # fmt: skip
 @click.argument("rules", metavar="[RULES]...", nargs=-1, type=_Rules())
+@click.option("--update", is_flag=True, help="rewrite the expect of failing tests to what the rule makes; comments and all else stay")
 @_ANNOTATIONS
 @_TALK
-def test(rules: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbose: int) -> int:
-    """Run the tests that rule files carry (all built-in rules, where none is named). Names and shapes only: no weights, no torch."""
+def test(rules: tuple[str, ...], update: bool, style: str, as_json: bool, quiet: bool, verbose: int) -> int:
+    """Run the tests of rule files (all built-in rules, where none is named). Names and shapes only: no weights, no torch.
+
+    Tests stand in the rule file under `tests:`, or beside it in NAME.test.yaml. Exit 1 when one fails, or a rule has none.
+    """
     out = Output(as_json, quiet, verbose)
     with guarded(out):
         from ckptconv import api
 
-        found = api.rule_tests([*_expanded(rules)] if rules else None)
+        found = api.rule_tests([*_expanded(rules)] if rules else None, update=update)
         out.tested(found, style)
-        return 1 if any(problems for _, _, problems in found) else 0
+        return 1 if any(report.problems for report in found) else 0
 
 
 def _expanded(words: Iterable[str]) -> Iterable[str]:
     for word in words:
         folder = Path(word)
-        files = sorted(path for path in folder.rglob("*.yaml") if not path.name.endswith(".test.yaml")) if folder.is_dir() else []
+        files = sorted(folder.rglob("*.yaml")) if folder.is_dir() else []
         yield from map(str, files) if files else [word]
 
 

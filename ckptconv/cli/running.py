@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ckptconv.errors import Problem
-    from ckptconv.report.model import Difference, Inspection, RunReport
+    from ckptconv.report.model import Difference, Inspection, RuleReport, RunReport
     from ckptconv.ruleset.model import RuleFile
 
 Progress = Callable[[str, int, int], None]
@@ -89,25 +89,28 @@ class Output:
             if not problems and not self.quiet:
                 click.echo(f"{printable(word)}: right")
 
-    def tested(self, found: Sequence[tuple[str, int, tuple[Problem, ...]]], style: str = "text") -> None:
+    def tested(self, found: Sequence[RuleReport], style: str = "text") -> None:
         if style != "text":
-            self.annotations([(word, problems) for word, _, problems in found], style)
+            self.annotations([(report.rules, report.problems) for report in found], style)
             return
         if self.as_json:
-            self.json(
-                [
-                    {"rules": word, "tests": count, "problems": [problem.to_json() for problem in problems]}
-                    for word, count, problems in found
-                ]
-            )
+            self.json([report.to_json() for report in found])
             return
         from ckptconv.errors import printable
         from ckptconv.report.text import print_problems
 
-        for word, count, problems in found:
-            print_problems(problems, self.errors)
-            if not self.quiet and (self.verbose or not problems):
-                click.echo(f"{printable(word)}: {count} tests, {'all pass' if not problems else f'{len(problems)} fail'}")
+        for report in found:
+            print_problems(report.problems, self.errors)
+            word = printable(report.rules)
+            for name in report.changed:  # what was written is said also to who wants to hear of errors only
+                click.echo(f"{word}: the expectation of {printable(name)!r} was rewritten")
+            if self.quiet:
+                continue
+            for sentence in report.todo:
+                click.echo(f"{word}: todo: {printable(sentence, 1000)}")
+            if self.verbose or not report.problems:
+                verdict = f"{report.failed} fail" if report.problems else "all pass"
+                click.echo(f"{word}: {report.tests} tests, {verdict}{f' but {len(report.todo)} todo' if report.todo else ''}")
 
     def rules(self, found: Sequence[RuleFile]) -> None:
         if self.as_json:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptconv._version import __version__
 from ckptconv.compare import Comparison
+from ckptconv.errors import Problem
 from ckptconv.names import collapse
 from ckptconv.report.changes import Change
 from ckptconv.spec import DType, Manifest
@@ -133,3 +134,21 @@ def difference(left: str, a: Manifest, right: str, b: Manifest) -> Difference:
         left, right, tuple(name for name in a.tensors if name not in b), tuple(name for name in b.tensors if name not in a), changed,
         tuple(sorted(ties)),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RuleReport:
+    """What ``test`` says of one rule file."""
+
+    rules: str
+    tests: int = 0
+    failed: int = 0
+    problems: tuple[Problem, ...] = ()
+    todo: tuple[str, ...] = ()  #: tests that fail and may
+    changed: tuple[str, ...] = ()  #: tests whose `expect` was rewritten
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rules": self.rules, "tests": self.tests, "failed": self.failed, "todo": list(self.todo), "changed": list(self.changed),
+            "problems": [problem.to_json() for problem in self.problems],
+        }  # fmt: skip

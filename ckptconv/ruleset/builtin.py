@@ -16,6 +16,11 @@ def folder() -> Path:
     return installed if installed.is_dir() else package.parent / "rules"
 
 
+def is_installed(path: Path) -> bool:
+    """Whether a file is one of an installed package, rather than of somebody's folder or a checkout."""
+    return path.resolve().is_relative_to((Path(__file__).parent.parent / "rules").resolve())
+
+
 def names() -> list[str]:
     """The names of all built-in rules, sorted."""
     return sorted(path.stem for path in folder().glob("*.yaml") if not path.name.endswith(".test.yaml"))

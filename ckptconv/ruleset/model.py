@@ -148,6 +148,12 @@ class RuleFile:
     folder: Path | None  #: where `target` and `include` look
     digest: str  #: sha256 of what the rule means: its data without tests, notes and comments
     builtin: bool = False
+    test_places: tuple[str, ...] = ()  #: file:line:column of each of the header's tests
+
+    @property
+    def path(self) -> Path | None:
+        """Where the file is; None for one that was read from bytes."""
+        return None if self.folder is None else self.folder / Path(self.file).name
 
     @property
     def label(self) -> str:
@@ -191,7 +197,8 @@ def parse(
     if included:  # what an included rule means is part of what this one means
         meaning = {"rule": meaning, "included": included}
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
-    return RuleFile(header, parsed, name, folder, digest, builtin)
+    places = tuple(document.where(("tests", at)) for at in range(len(header.tests)))
+    return RuleFile(header, parsed, name, folder, digest, builtin, places)
 
 
 def _with_included(
@@ -238,7 +245,7 @@ def _header(document: YamlFile, data: dict[str, Any], problems: list[Problem]) -
     try:
         return Header.model_validate(data)
     except ValidationError as error:
-        problems.extend(_problems(error, document, (), [*Header.model_fields, "steps"]))
+        problems.extend(explained(error, document, (), [*Header.model_fields, "steps"]))
         return None
 
 
@@ -284,7 +291,7 @@ def _step(document: YamlFile, at: int, item: Any, problems: list[Problem]) -> Ru
         problems.append(refusal.at(document.where((*path, op))))
         return None
     except ValidationError as error:
-        problems.extend(_problems(error, document, (*path, op), _known_fields(kind)))
+        problems.extend(explained(error, document, (*path, op), _known_fields(kind)))
         return None
     line = document.places.get((*path, op), (0, 0))[0]
     return RuleStep(step, at + 1, line, f"{document.where((*path, op))}  {op} (step {at + 1})")
@@ -298,7 +305,7 @@ def _field_names(kind: type[BaseModel]) -> str:
     return ", ".join(name for name in _known_fields(kind) if name not in _MODIFIERS)
 
 
-def _problems(error: ValidationError, document: YamlFile, base: tuple[str | int, ...], known: Iterable[str]) -> list[Problem]:
+def explained(error: ValidationError, document: YamlFile, base: tuple[str | int, ...], known: Iterable[str]) -> list[Problem]:
     """pydantic's errors in the words of this house: the user's line, the user's field, what was found, what to try."""
     found: dict[tuple[str, str], Problem] = {}
     for item in error.errors(include_url=False):
@@ -310,8 +317,9 @@ def _problems(error: ValidationError, document: YamlFile, base: tuple[str | int,
         if isinstance(reason, Refusal):
             problem = Problem(reason.code, reason.what, where=where, found=reason.found, try_=reason.try_)
         elif item["type"] == "extra_forbidden":
-            close = nearest(str(item["loc"][-1]), known)
-            hint = f"did you mean {close}?" if close else "fields: " + ", ".join(known)
+            fields = [*RuleTest.model_fields] if item["loc"][0] == "tests" and len(item["loc"]) == 3 else [*known]
+            close = nearest(str(item["loc"][-1]), fields)
+            hint = f"did you mean {close}?" if close else "fields: " + ", ".join(fields)
             problem = Problem("CK102", f"unknown field {printable(item['loc'][-1])!r}", where=where, try_=hint)
         elif item["type"] == "missing":
             problem = Problem("CK102", f"field {printable(item['loc'][-1])!r} is missing", where=where)

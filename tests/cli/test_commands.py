@@ -120,7 +120,10 @@ def test_the_tests_of_rules_run_from_the_command_line(tmp_path, cli):
     assert (bare.code, "a rule without a test proves nothing" in bare.err) == (1, True)
     bad = cli("test", ".", cwd=tmp_path)
     assert bad.code == 1
-    assert "test 't': missing: d; noisy: c; wrong: b is [1] float32, not [2] float32" in bad.err
+    assert "bad.yaml:5:9  [CK108]" in bad.err
+    assert "test 't': missing: d is expected, but not made" in bad.err
+    assert "test 't': noisy: c is made, but not expected" in bad.err
+    assert "test 't': wrong shape: b is [1] float32, not [2] float32" in bad.err
     everything = cli("test")
     assert everything.code == 0, everything.err
     assert everything.out.count("all pass") >= 19

@@ -36,6 +36,7 @@ def folder(tmp_path):
         ["plan", "dataparallel", "in.pth", "out.safetensors", "--target", "in.safetensors"],
         ["diff", "in.safetensors", "in.safetensors"],
         ["check", "dataparallel", "timm-vit-to-hf-vit", "gpt2-conv1d-to-linear"],
+        ["test"],
         ["rules", "list"],
         ["schema"],
         ["run", "dataparallel", "in.pth", "out.pth", "--target", "in.safetensors"],

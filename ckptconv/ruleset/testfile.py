@@ -1,0 +1,85 @@
+"""Tests in a file of their own: ``NAME.test.yaml`` beside ``NAME.yaml``, for rules whose tests would bury them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from ckptconv.errors import Problem, Refusal, UsageError, printable
+from ckptconv.ruleset import yamlfile
+from ckptconv.ruleset.model import RuleFile, RuleTest, explained
+
+SUFFIX = ".test.yaml"
+
+
+class Beside(BaseModel):
+    """All that may stand in a ``NAME.test.yaml``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True)
+    tests: tuple[RuleTest, ...]
+
+    @field_validator("tests", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        if not isinstance(value, list) or not value:
+            raise Refusal("want a list of tests", code="CK102", found=printable(value))
+        return tuple(value)
+
+
+@dataclass(frozen=True)
+class PlacedTest:
+    """A test, where it stands for a reader, and where for who rewrites it: the file and its number there."""
+
+    test: RuleTest
+    where: str
+    file: Path | None
+    at: int
+
+
+def is_test_file(path: Path) -> bool:
+    """Whether the name is that of a file of tests, and not of a rule."""
+    return path.name.endswith(SUFFIX)
+
+
+def rule_of(path: Path) -> Path:
+    """The rule file that a ``NAME.test.yaml`` is about. Raises CK105 where there is none."""
+    rule = path.with_name(path.name.removesuffix(SUFFIX) + ".yaml")
+    if not rule.is_file():
+        raise UsageError(
+            Problem("CK105", f"tests without their rule: there is no {printable(rule.name)} beside them", where=printable(path))
+        )
+    return rule
+
+
+def tests_of(rules: RuleFile) -> list[PlacedTest]:
+    """Every test of a rule: its own, then those of the file beside it. Raises what is wrong with that file, with line and column."""
+    found = [
+        PlacedTest(test, where, rules.path, at) for at, (test, where) in enumerate(zip(rules.header.tests, rules.test_places, strict=True))
+    ]
+    if rules.path is None:
+        return found
+    beside = rules.path.with_name(rules.path.stem + SUFFIX)
+    if not beside.is_file():
+        return found
+    shown = str(Path(rules.file).with_name(beside.name))
+    try:
+        with beside.open("rb") as stream:
+            raw = stream.read(yamlfile.MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(Problem("CK105", f"the tests cannot be read: {error.strerror}", where=printable(shown))) from None
+    return found + [PlacedTest(test, where, beside, at) for at, (test, where) in enumerate(parse(raw, shown))]
+
+
+def parse(raw: bytes, name: str) -> list[tuple[RuleTest, str]]:
+    """The tests in the bytes of a ``NAME.test.yaml``, each with its place."""
+    document = yamlfile.load(raw, name)
+    if not isinstance(document.data, dict):
+        raise UsageError(Problem("CK102", "a test file is a mapping with `tests:`", where=name, found=printable(document.data)))
+    try:
+        tests = Beside.model_validate(document.data).tests
+    except ValidationError as error:
+        raise UsageError(explained(error, document, (), Beside.model_fields)) from None
+    return [(test, document.where(("tests", at))) for at, test in enumerate(tests)]
