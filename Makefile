@@ -11,7 +11,7 @@ JOBS   ?= 2
 help:
 	@echo "make demo     set up, convert a real DataParallel checkpoint, verify it, show the screen"
 	@echo "make test     set up, run all tests"
-	@echo "make lint     style, strict types, import floors, rule files"
+	@echo "make lint     style, strict types, import floors, rule files and their lock"
 	@echo "make bench    timings in pairs, as ratios"
 	@echo "make cases    convert reference conversions of other people's making and compare [CASES=folder]"
 	@echo "make convert IN=folder OUT=folder RULES=name [ARGS='--target …']   every checkpoint under IN, only what changed"
@@ -42,6 +42,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/ckptconv check --quiet rules
 	$(BIN)/ckptconv test --quiet rules
+	$(BIN)/ckptconv rules lock --check --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -21,8 +21,8 @@ from ckptconv.layout import renamed_versions
 from ckptconv.plan import Read
 from ckptconv.planner import make_plan
 from ckptconv.report.changes import Change, changes
-from ckptconv.report.model import Candidate, Difference, Inspection, RuleReport, RunReport, difference
-from ckptconv.ruleset import builtin
+from ckptconv.report.model import Candidate, Difference, Inspection, LockReport, RuleReport, RunReport, difference
+from ckptconv.ruleset import builtin, lock
 from ckptconv.ruleset import model as ruleset
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.ruleset.rewriting import rewritten
@@ -332,6 +332,25 @@ def import_rule(word: str, out: str | Path | None = None, *, prove: bool = False
     if out is not None:
         write_text(Path(out), text, force=force)
     return text
+
+
+def lock_rules(folder: str | Path | None = None, *, check: bool = False) -> LockReport:
+    """Locks what every revision of the rules in a folder means (of the built-in rules, where none is named), or ``check``s the lock.
+
+    Nothing is written where a rule changed its meaning under the same revision. ``check`` finds the rules that the lock does not know
+    too, and never writes.
+    """
+    where = Path(folder) if folder is not None else builtin.folder()
+    path = where / lock.NAME
+    rules, known = lock.rules_in(where), lock.read(where)
+    problems = tuple(lock.reused(known, rules) + (lock.stale(known, rules) if check else []))
+    text = lock.renewed(known, rules)
+    if problems or check or (path.is_file() and path.read_text(encoding="utf-8") == text):
+        return LockReport(str(path), len(rules), problems=problems)
+    if builtin.is_installed(path):
+        raise UsageError(Problem("CK107", "the lock of an installed package is not rewritten", where=printable(path), try_="name a folder"))
+    write_text(path, text, force=True)
+    return LockReport(str(path), len(rules), written=True)
 
 
 def _tested(word: str, rules: RuleFile, update: bool) -> RuleReport:

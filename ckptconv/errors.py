@@ -125,6 +125,7 @@ CODES: Mapping[str, str] = {
     "CK106": "The rule file asks for something that only the command line may give (a py: target, a path outside its folder).",
     "CK107": "The command's words do not fit together.",
     "CK108": "A rule file's own test failed, or it has none.",
+    "CK109": "A rule and the lock of its folder do not agree: its meaning changed under the same revision, or the lock is old.",
     "CK110": "A mapping of another library cannot be said as rules.",
     # 2xx: planning
     "CK201": "A step matched nothing and is not optional.",

@@ -425,6 +425,24 @@ def rules_import(word: str, out: Path | None, prove: bool, force: bool) -> None:
         click.echo(text if out is None else f"{out}: written{', proved' if prove else ''}", nl=out is not None)
 
 
+@rules.command("lock", context_settings=CONTEXT, epilog=_examples("ckptconv rules lock", "ckptconv rules lock rules/ --check"))
+@click.argument("folder", required=False, type=click.Path(file_okay=False, exists=True))
+@click.option("--check", "only_check", is_flag=True, help="write nothing; exit 1 when a rule and the lock do not agree")
+@_TALK
+def rules_lock(folder: str | None, only_check: bool, as_json: bool, quiet: bool, verbose: int) -> int:
+    """Record what every revision of every rule means, in LOCK.json beside the rules (the built-in ones, where no FOLDER is named).
+
+    A rule whose meaning changed must have a higher revision: outputs record NAME@REVISION, and that must never mean something else.
+    """
+    out = Output(as_json, quiet, verbose)
+    with guarded(out):
+        from ckptconv import api
+
+        report = api.lock_rules(folder, check=only_check)
+        out.locked(report)
+        return 1 if report.problems else 0
+
+
 @cli.command(context_settings=CONTEXT, epilog=_examples("ckptconv schema > rule-v1.schema.json"))
 def schema() -> None:
     """Print the JSON Schema of rule files, for completion and checking in editors."""

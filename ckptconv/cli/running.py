@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ckptconv.errors import Problem
-    from ckptconv.report.model import Difference, Inspection, RuleReport, RunReport
+    from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
     from ckptconv.ruleset.model import RuleFile
 
 Progress = Callable[[str, int, int], None]
@@ -111,6 +111,17 @@ class Output:
             if self.verbose or not report.problems:
                 verdict = f"{report.failed} fail" if report.problems else "all pass"
                 click.echo(f"{word}: {report.tests} tests, {verdict}{f' but {len(report.todo)} todo' if report.todo else ''}")
+
+    def locked(self, report: LockReport) -> None:
+        if self.as_json:
+            self.json(report.to_json())
+            return
+        from ckptconv.errors import printable
+        from ckptconv.report.text import print_problems
+
+        print_problems(report.problems, self.errors)
+        if not report.problems and not self.quiet:
+            click.echo(f"{printable(report.path)}: {report.rules} rules {'locked' if report.written else 'as they are locked'}")
 
     def rules(self, found: Sequence[RuleFile]) -> None:
         if self.as_json:

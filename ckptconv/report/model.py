@@ -152,3 +152,18 @@ class RuleReport:
             "rules": self.rules, "tests": self.tests, "failed": self.failed, "todo": list(self.todo), "changed": list(self.changed),
             "problems": [problem.to_json() for problem in self.problems],
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LockReport:
+    """What ``rules lock`` says."""
+
+    path: str
+    rules: int
+    written: bool = False
+    problems: tuple[Problem, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "lock": self.path, "rules": self.rules, "written": self.written, "problems": [problem.to_json() for problem in self.problems],
+        }  # fmt: skip

@@ -37,6 +37,7 @@ def folder(tmp_path):
         ["diff", "in.safetensors", "in.safetensors"],
         ["check", "dataparallel", "timm-vit-to-hf-vit", "gpt2-conv1d-to-linear"],
         ["test"],
+        ["rules", "lock", "--check"],
         ["rules", "list"],
         ["schema"],
         ["run", "dataparallel", "in.pth", "out.pth", "--target", "in.safetensors"],
