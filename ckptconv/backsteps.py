@@ -34,7 +34,7 @@ from ckptconv.backnames import (
 from ckptconv.backplan import Unturned, Written, derived
 from ckptconv.errors import Refusal
 from ckptconv.invert import invert
-from ckptconv.plan import Apply, Expr, Origin, Output, Plan, Read, reads
+from ckptconv.plan import Apply, Expr, Fill, Origin, Output, Plan, Read, reads
 from ckptconv.planner import Run
 from ckptconv.ruleset import expressions, steps
 from ckptconv.ruleset.expressions import Node
@@ -793,15 +793,16 @@ def _way_back(turn: Turn, step: MapStep, old: str, new: str) -> tuple[str, Mappi
     before, after = turn.before[old].expr, turn.after[new].expr
     if before == after:
         return "rename", {}
-    if not isinstance(after, Apply) or after.arguments != (before,):
-        return None
+    if not isinstance(after, Apply) or [each for each in after.arguments if not isinstance(each, Fill)] != [before]:
+        return None  # what was filled in beside it needs no way back; another tensor does
     transform, spec = after.transform, before.spec
     if isinstance(transform, Affine) and isinstance(step, AffineStep):
         if not transform.mul:
             return None
         turn.lose([old], "approximate: the numbers are rounded", rounded=True)
         return "affine", {"mul": 1 / transform.mul, "add": -transform.add / transform.mul}
-    pieces = transform.recover(spec)
+    mine = after.arguments.index(before)
+    pieces = [piece for piece in transform.recover(*(each.spec for each in after.arguments)) if piece.argument == mine]
     if not pieces and isinstance(transform, Cast):
         turn.lose([old], f"approximate: {after.spec.dtype.value} holds less than {spec.dtype.value}", rounded=True)
         return "cast", {"dtype": spec.dtype.value}
