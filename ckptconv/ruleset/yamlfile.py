@@ -18,6 +18,7 @@ from ckptconv.errors import Problem, UsageError, printable
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_PROBLEMS = 50
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -67,7 +68,9 @@ def load(raw: bytes, name: str) -> YamlFile:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         hint = "indent with spaces, not tabs" if "cannot start any token" in str(error.problem) else ""
-        builder.problems.append(Problem("CK101", f"not YAML: {error.problem or error.context}", where=where, try_=hint))
+        # libyaml has a limit of its own since 0.2.6, and reads ahead: it may refuse a bomb before its events get here.
+        what = _TOO_DEEP if "nesting depth" in str(error.problem) else f"not YAML: {error.problem or error.context}"
+        builder.problems.append(Problem("CK101", what, where=where, try_=hint))
     except yaml.YAMLError as error:
         builder.problems.append(Problem("CK101", f"not YAML: {printable(error)}", where=name))
     if builder.problems:
@@ -118,7 +121,7 @@ class _Builder:
             return self.scalar(event)
         if depth >= MAX_DEPTH:
             # nothing below is read: nesting from a stranger must not become our recursion
-            raise UsageError([*self.problems, Problem("CK101", f"nested deeper than {MAX_DEPTH}", where=self._where(event))])
+            raise UsageError([*self.problems, Problem("CK101", _TOO_DEEP, where=self._where(event))])
         if isinstance(event, yaml.SequenceStartEvent):
             return self.sequence(events, path, depth)
         return self.mapping(events, path, depth)

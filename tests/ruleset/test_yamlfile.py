@@ -47,7 +47,6 @@ def test_a_byte_order_mark_is_accepted():
         ("a: 0x1F", "r.yaml:1:4", "'0x1F' looks like a number or a date, and YAML readers disagree on which"),
         ("a: .inf", "r.yaml:1:4", "'.inf' looks like a number or a date, and YAML readers disagree on which"),
         ("a: 'x", "r.yaml:1:6", "not YAML: found unexpected end of stream"),
-        ("[" * 100_000, "r.yaml:1:33", "nested deeper than 32"),
         ("{a: " * 100_000, "r.yaml:1:129", "nested deeper than 32"),
         ("- " * 100_000, "r.yaml:1:65", "nested deeper than 32"),
         (b"a: \xff", "r.yaml", "a rule file is UTF-8 text"),
@@ -57,6 +56,13 @@ def test_a_byte_order_mark_is_accepted():
 )  # fmt: skip
 def test_a_surprise_is_an_error_with_its_place(text, where, what):
     assert problems(text)[0][:2] == (where, what)
+
+
+def test_a_bomb_is_too_deep_whether_the_library_or_we_count_it():
+    """libyaml 0.2.6 stops at 1,000 before its first event; older ones leave the counting to us."""
+    where, what, *_ = problems("[" * 100_000)[0]
+    assert what == "nested deeper than 32"
+    assert where in ("r.yaml:1:33", "r.yaml:1:1001")
 
 
 def test_every_problem_is_found_at_once_with_what_to_try():
