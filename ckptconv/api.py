@@ -32,6 +32,7 @@ from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_
 from ckptconv.stage.parity import parity_words
 from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
 from ckptconv.stage.producing import Progress, estimate, produce
+from ckptconv.stage.recorded import differing_rules, recorded, rules_of
 from ckptconv.verify import Evidence, climb
 
 if TYPE_CHECKING:
@@ -181,16 +182,17 @@ def verify(
 ) -> RunReport:  # fmt: skip
     """Climbs the verification ladder for a checkpoint that is already there; with ``against`` and ``rules`` also against its source.
 
-    ``level`` is 3, or 5 where ``parity`` says what the model's outputs are compared with.
+    Without ``rules``, the built-in rule that the file recorded is taken, in the revision that it recorded. ``level`` is 3, or 5 where
+    ``parity`` says what the model's outputs are compared with.
     """
     started = time.monotonic()
     path = Path(destination)
-    if (against is None) != (rules is None):
-        raise UsageError(Problem("CK107", "--against and --rules belong together: the source, and how it was converted"))
+    if against is None and rules is not None:
+        raise UsageError(Problem("CK107", "--rules needs --against: the source that was converted"))
     if against is None and target_word is None:
         raise UsageError(Problem("CK107", "verify needs a --target, or --against with --rules"))
     chosen = Options(**{**options, "target": target_word, "verify": level})
-    written = open_source(path, chosen.select if rules is None else ())
+    written = open_source(path, chosen.select if against is None else ())
     kind = "safetensors" if written.contents.format == "safetensors" else "torch"
     bare = Evidence(
         written.files,
@@ -201,11 +203,12 @@ def verify(
         threads=chosen.threads,
     )
     about: tuple[dict[str, Any], dict[str, Any], tuple[Change, ...], tuple[str, ...]] = ({}, {}, (), written.contents.warnings)
-    if rules is not None and against is not None:
+    if against is not None:
         from ckptconv.execute.digest import digest_tensors
         from ckptconv.execute.sources import Sources
 
-        prepared = prepare(rules, Path(against), chosen)
+        made_by = rule_file(rules) if rules is not None else rules_of(written.contents.metadata, path)
+        prepared = prepare(made_by, Path(against), chosen)
         wish = prepared.parity
         compared = wish.request(path, written.container.path, prepared.plan, prepared.source, prepared.comparison) if wish else None
         with Sources(prepared.source.files) as opened:
@@ -221,7 +224,8 @@ def verify(
             allow=prepared.allow,
             parity=compared,
         )
-        about = _rules_json(prepared), _source_json(prepared), tuple(changes(prepared.plan)), prepared.notes
+        other = differing_rules(written.contents.metadata, made_by)
+        about = _rules_json(prepared), _source_json(prepared), tuple(changes(prepared.plan)), other + prepared.notes
     else:
         assert target_word is not None
         wanted_target = target.parse(target_word, origin="command line", base=None)
@@ -233,7 +237,7 @@ def verify(
     return RunReport(
         "verify", about[0], about[1],
         {"path": str(destination), "format": kind, "files": [file.name for file in written.files], "tensors": len(written.manifest),
-         "nbytes": written.manifest.nbytes, "written": False, "recorded": _recorded(written.contents.metadata)},
+         "nbytes": written.manifest.nbytes, "written": False, "recorded": recorded(written.contents.metadata)},
         about[2], about[3], {}, target_word or "", ladder=ladder, seconds=time.monotonic() - started,
     )  # fmt: skip
 
@@ -455,10 +459,6 @@ def _left_behind(prepared: Prepared, options: Options) -> dict[str, str]:
             if str(key) != head and str(key) not in found:
                 found[str(key)] = type(value).__name__ if not hasattr(value, "name") else str(value.name)
     return found
-
-
-def _recorded(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value.strip() for key, value in metadata.items() if key.startswith("ckptconv.")}
 
 
 def write_text(path: Path, text: str, *, force: bool) -> None:

@@ -264,13 +264,14 @@ def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json
 
 @cli.command(context_settings=CONTEXT, epilog=_examples(
     "ckptconv verify out.pth --target timm:resnet50",
-    "ckptconv verify out.pth --against in.pth --rules dataparallel",
+    "ckptconv verify out.pth --against in.pth",
+    "ckptconv verify out.pth --against in.pth --rules rules/mine.yaml",
     "ckptconv verify out.pth --target timm:resnet50 --parity golden=expected.pt",
 ))  # fmt: skip
 @click.argument("destination", metavar="DST", type=click.Path())
 @_TARGET
 @click.option("--against", type=click.Path(), metavar="SRC", help="the checkpoint that DST was made from")
-@click.option("--rules", type=_Rules(), metavar="RULES", help="the rules that it was made by")
+@click.option("--rules", type=_Rules(), metavar="RULES", help="the rules that it was made by; else those it recorded")
 @click.option(
     "--level", type=_Levels(none=False), default="auto", show_default=_LEVEL_DEFAULT, metavar="LEVEL", help="how far to climb: 0 to 6"
 )

@@ -38,6 +38,11 @@ def find(word: str) -> RuleFile:
             hint = f"the built-in rule {close!r}" if close else "ckptconv rules list"
             raise UsageError(Problem("CK105", "there is no such rule file", where=printable(word), try_=hint))
         return load(path, shown=word)
+    return named(word)
+
+
+def named(word: str) -> RuleFile:
+    """The built-in rule ``NAME`` or ``NAME@REVISION``, whatever files there are. Raises CK105 where there is none."""
     found = path_of(word)
     return load(found, shown=f"rules/{found.relative_to(folder())}", builtin=True)
 

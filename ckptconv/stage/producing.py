@@ -23,12 +23,12 @@ from ckptconv.formats.base import Placed
 from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, parse_size, renamed_versions
 from ckptconv.plan import Read
 from ckptconv.stage.preparing import Options, Prepared
+from ckptconv.stage.recorded import OURS
 from ckptconv.verify import Evidence, Ladder, climb
 
 Progress = Callable[[str, int, int], None]
 _PROVED_WIDTH = len("L0 L1 L2 L3 L4 L5 L6")
 _DIGEST_WIDTH = len("xxh3_128:") + 32
-_OURS = "ckptconv."
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
             rung = ladder.failed
             problems = ladder.problems or [Problem("CK407", rung.sentence, where=f"L{rung.level} {rung.name}")]
             raise FitError(problems, ladder.to_json())
-        metadata[_OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
-        metadata[_OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
+        metadata[OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
+        metadata[OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
         seal_all(_named(layout, files), receipt, metadata, folder)
         if shape.is_folder:
             _copy_neighbours(prepared, staging)
@@ -150,15 +150,15 @@ def _metadata(prepared: Prepared) -> dict[str, str]:
     foreign = {
         key: value
         for key, value in prepared.source.contents.metadata.items()
-        if not key.startswith(_OURS) and key != "format" and key not in aliases
+        if not key.startswith(OURS) and key != "format" and key not in aliases
     }
     return {
         **foreign,
-        _OURS + "version": __version__,
-        _OURS + "rules": prepared.label,
-        _OURS + "rules_digest": f"sha256:{prepared.rules_digest}",
-        _OURS + "source_digest": "pending".ljust(_DIGEST_WIDTH),
-        _OURS + "verified": "pending".ljust(_PROVED_WIDTH),
+        OURS + "version": __version__,
+        OURS + "rules": prepared.label,
+        OURS + "rules_digest": f"sha256:{prepared.rules_digest}",
+        OURS + "source_digest": "pending".ljust(_DIGEST_WIDTH),
+        OURS + "verified": "pending".ljust(_PROVED_WIDTH),
     }
 
 

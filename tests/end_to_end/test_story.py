@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 NET = """
@@ -207,6 +208,50 @@ def test_verify_proves_what_is_already_there_and_finds_a_flipped_value(folder, c
     bad = cli("verify", "bad.pth", "--against", "in.pth", "--rules", "dataparallel", cwd=folder)
     assert bad.code == 4
     assert "body.weight" in bad.out
+
+
+def test_verify_knows_the_rules_and_the_revision_that_a_file_recorded(folder, cli):
+    torch.save({"module.a": torch.ones(2)}, folder / "in.pth")
+    assert cli("run", "dataparallel", "in.pth", "out.pth", cwd=folder).code == 0
+    (folder / "dataparallel@1").write_text("a file of this name is not the rule")
+    good = cli("verify", "out.pth", "--against", "in.pth", cwd=folder)
+    assert (good.code, good.err) == (0, "")
+    assert good.out.startswith("dataparallel@1  ")
+    assert "verified L0 L1 L3" in good.out
+    other = cli("verify", "out.pth", "--against", "in.pth", "--rules", "ddp", cwd=folder)
+    assert other.code == 0
+    assert "the file was made by dataparallel@1, and is compared by ddp@1" in other.out
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        (
+            ("dataparallel@9", "sha256:0"),
+            "error: out.safetensors  [CK105]\n  the built-in rule 'dataparallel' has revision 1, not 9\n  try: --rules RULES\n",
+        ),
+        (
+            ("mine@1", "sha256:0"),
+            "error: out.safetensors  [CK105]\n  there is no built-in rule 'mine'\n  try: --rules RULES\n",
+        ),
+        (
+            ("dataparallel@1", "sha256:0"),
+            "error: out.safetensors  [CK105]\n  it was made by 'dataparallel@1' with another meaning than dataparallel@1 has here\n"
+            "  try: --rules RULES, with the file that it was made by\n",
+        ),
+        (
+            None,
+            "error: out.safetensors  [CK107]\n  the file does not say by which rules it was made\n  try: --rules RULES\n",
+        ),
+    ],
+    ids=["another revision", "a rule of one's own", "another meaning", "nothing recorded"],
+)
+def test_verify_refuses_to_guess_the_rules(folder, cli, recorded, message):
+    torch.save({"module.a": torch.ones(2)}, folder / "in.pth")
+    metadata = {"ckptconv.rules": recorded[0], "ckptconv.rules_digest": recorded[1]} if recorded else None
+    save_file({"a": torch.ones(2)}, folder / "out.safetensors", metadata)
+    result = cli("verify", "out.safetensors", "--against", "in.pth", cwd=folder)
+    assert (result.code, result.err) == (2, message)
 
 
 def test_an_interrupted_run_leaves_nothing(folder, cli, snapshot):
