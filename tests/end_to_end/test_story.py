@@ -236,7 +236,7 @@ def test_verify_knows_the_rules_and_the_revision_that_a_file_recorded(folder, cl
         ),
         (
             ("dataparallel@1", "sha256:0"),
-            "error: out.safetensors  [CK105]\n  it was made by 'dataparallel@1' with another meaning than dataparallel@1 has here\n"
+            "error: out.safetensors  [CK105]\n  it was made by dataparallel@1 with another meaning than dataparallel@1 has here\n"
             "  try: --rules RULES, with the file that it was made by\n",
         ),
         (
