@@ -72,7 +72,11 @@ class Half(nn.Module):
             levels.append(level)
         setattr(self, "up" if decoder else "down", nn.ModuleList(levels))
         self.mid = nn.Module()
-        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = Block(widths[-1], widths[-1]), Attention(widths[-1]), Block(widths[-1], widths[-1])
+        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = (
+            Block(widths[-1], widths[-1]),
+            Attention(widths[-1]),
+            Block(widths[-1], widths[-1]),
+        )
         end = widths[0] if decoder else widths[-1]
         self.norm_out, self.conv_out = norm(end), nn.Conv2d(end, last, 3, padding=1)
 
@@ -125,7 +129,11 @@ def test_the_autoencoder_into_diffusers(tmp_path, diffusers, widths, blocks, pre
     source, target = models(diffusers, widths, blocks)
     state = {prefix + name: value for name, value in source.state_dict().items()}
     if prefix:
-        state |= {"betas": torch.rand(4), "model.diffusion_model.out.2.weight": torch.rand(4, 4), "first_stage_model.loss.logvar": torch.zeros(())}
+        state |= {
+            "betas": torch.rand(4),
+            "model.diffusion_model.out.2.weight": torch.rand(4, 4),
+            "first_stage_model.loss.logvar": torch.zeros(()),
+        }
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
     report = ckptconv.run("ldm-vae-to-diffusers-vae", tmp_path / "model.ckpt", tmp_path / "out.pth", verify=4)
     assert report.ladder.reached == "L0 L1 L3 L4"
@@ -154,7 +162,9 @@ def test_the_autoencoder_back_from_diffusers(tmp_path, diffusers):
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in back.items())
 
 
-@pytest.mark.parametrize("name", ["quantize.embedding.weight", "encoder.down.0.attn.0.q.weight"], ids=["a codebook", "attention in a level"])
+@pytest.mark.parametrize(
+    "name", ["quantize.embedding.weight", "encoder.down.0.attn.0.q.weight"], ids=["a codebook", "attention in a level"]
+)
 def test_what_the_target_does_not_have_is_refused(tmp_path, diffusers, name):
     source, _ = models(diffusers, (8, 16), 1)
     torch.save({**source.state_dict(), name: torch.rand(8, 8, 1, 1)}, tmp_path / "in.pth")
