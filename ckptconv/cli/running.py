@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,8 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ckptconv.errors import Problem
+    from ckptconv.errors import CkptconvError, Problem
+    from ckptconv.report.page import Page
     from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
     from ckptconv.ruleset.model import RuleFile
 
@@ -26,8 +27,9 @@ PIPE_WIDTH = 160
 class Output:
     """Prints reports for people (rich text, plain when piped) or programs (JSON on stdout). Errors go to stderr."""
 
-    def __init__(self, as_json: bool, quiet: bool, verbose: int, report_file: Path | None = None) -> None:
-        self.as_json, self.quiet, self.verbose, self.report_file = as_json, quiet, verbose, report_file
+    def __init__(self, as_json: bool, quiet: bool, verbose: int, report_file: Path | None = None, html_file: Path | None = None) -> None:
+        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
+        self.report_file, self.html_file = report_file, html_file
 
     @cached_property
     def console(self) -> Console:
@@ -40,9 +42,12 @@ class Output:
     def json(self, data: Any) -> None:
         click.echo(json.dumps(data, ensure_ascii=False, indent=1))
 
-    def run_report(self, report: RunReport) -> None:
+    def run_report(self, report: RunReport, style: str = "text") -> None:
         self.write_report(report.to_json())
-        if self.as_json:
+        self.write_page(lambda pages: pages.page_of_run(report))
+        if style != "text":
+            self.annotations([(str(report.destination["path"]), report.ladder.problems)], style)
+        elif self.as_json:
             self.json(report.to_json())
         elif not self.quiet:
             from ckptconv.report.text import print_run
@@ -58,6 +63,7 @@ class Output:
             print_inspection(report, self.console, flat=flat, match=match, tree=tree)
 
     def difference(self, report: Difference) -> None:
+        self.write_page(lambda pages: pages.page_of_difference(report))
         if self.as_json:
             self.json(report.to_json())
         elif not self.quiet:
@@ -139,17 +145,29 @@ class Output:
 
         write_text(self.report_file, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
 
-    def failure(self, problems: Sequence[Problem], exit_code: int, verification: Mapping[str, Any] | None = None) -> None:
-        data: dict[str, Any] = {"ckptconv_error": 1, "exit_code": exit_code, "problems": [problem.to_json() for problem in problems]}
-        if verification is not None:
-            data["verification"] = dict(verification)
+    def write_page(self, page: Callable[[Any], Page]) -> None:
+        """``--html FILE``: likewise. ``page`` is given the module of page makers, which nobody else has to load."""
+        if self.html_file is None:
+            return
+        from ckptconv.api import write_text
+        from ckptconv.report import html, page as pages
+
+        write_text(self.html_file, html.render(page(pages)), force=True)
+
+    def failure(self, error: CkptconvError) -> None:
+        data: dict[str, Any] = {
+            "ckptconv_error": 1, "exit_code": error.exit_code, "problems": [problem.to_json() for problem in error.problems],
+        }  # fmt: skip
+        if error.verification is not None:
+            data["verification"] = dict(error.verification)
         if self.as_json:
             self.json(data)
         else:
             from ckptconv.report.text import print_problems
 
-            print_problems(problems, self.errors)
+            print_problems(error.problems, self.errors)
         self.write_report(data)
+        self.write_page(lambda pages: pages.page_of_failure(click.get_current_context().info_name or "", error))
 
     @contextmanager
     def progress(self, *, enabled: bool) -> Iterator[Progress | None]:
@@ -190,7 +208,7 @@ def guarded(out: Output) -> Iterator[None]:
             raise UsageError(refusal.at("")) from None
     except CkptconvError as error:
         try:
-            out.failure(error.problems, error.exit_code, error.verification)
+            out.failure(error)
         except CkptconvError as second:  # the report could not be written either: say so, and keep the first reason's code
             from ckptconv.report.text import print_problems
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,17 +95,20 @@ def verb_of(output: Output) -> str:
     return _VERBS.get(type(expr.transform), "computed")
 
 
-def text_of(expr: Expr, depth: int = 0) -> str:
-    """The expression as text, its sources as a dot: what is done, not to which tensor."""
+def text_of(expr: Expr, named: Callable[[str], str] = lambda _: "·", *, most: int = 4, deep: int = 4) -> str:
+    """The expression as text, its sources as a dot: what is done, not to which tensor. ``named`` says what a source is called instead.
+
+    More than ``most`` arguments are counted, and more than ``deep`` operations inside each other left out.
+    """
     if isinstance(expr, Read):
-        return "·"
+        return named(expr.name)
     if isinstance(expr, Fill):
         return f"{expr.recipe} {expr.value} {expr.spec}"
     assert isinstance(expr, Apply)
-    if depth > 4:
+    if deep < 0:
         return "…"
-    arguments = [text_of(argument, depth + 1) for argument in expr.arguments[:4]]
-    if len(expr.arguments) > 4:
+    arguments = [text_of(argument, named, most=most, deep=deep - 1) for argument in expr.arguments[:most]]
+    if len(expr.arguments) > most:
         arguments = [arguments[0], f"… {len(expr.arguments)} in all"]
     return expr.transform.describe(*arguments)
 

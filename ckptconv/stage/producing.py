@@ -116,7 +116,7 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
         if ladder.failed is not None:
             rung = ladder.failed
             problems = ladder.problems or [Problem("CK407", rung.sentence, where=f"L{rung.level} {rung.name}")]
-            raise FitError(problems, ladder.to_json())
+            raise FitError(problems, ladder.to_json(), prepared)
         metadata[_OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
         metadata[_OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
         seal_all(_named(layout, files), receipt, metadata, folder)
