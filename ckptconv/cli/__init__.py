@@ -257,7 +257,9 @@ def inspect(source: str, match: tuple[str, ...], flat: bool, tree: bool, save_ma
 @_TIMEOUT
 @_HTML
 @_TALK
-def diff(left: str, right: str, select: tuple[str, ...], timeout: float, html: Path | None, as_json: bool, quiet: bool, verbose: int) -> int:
+def diff(
+    left: str, right: str, select: tuple[str, ...], timeout: float, html: Path | None, as_json: bool, quiet: bool, verbose: int
+) -> int:
     """Compare names, shapes, dtypes and ties of A and B (checkpoint, target or saved manifest). Exit 1 when they differ."""
     out = Output(as_json, quiet, verbose, html_file=html)
     with guarded(out):

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ckptconv.errors import CkptconvError, Problem
-    from ckptconv.report.page import Page
     from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
+    from ckptconv.report.page import Page
     from ckptconv.ruleset.model import RuleFile
 
 Progress = Callable[[str, int, int], None]
@@ -150,7 +150,8 @@ class Output:
         if self.html_file is None:
             return
         from ckptconv.api import write_text
-        from ckptconv.report import html, page as pages
+        from ckptconv.report import html
+        from ckptconv.report import page as pages
 
         write_text(self.html_file, html.render(page(pages)), force=True)
 

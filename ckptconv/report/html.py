@@ -155,7 +155,18 @@ def _data(page: Page, lineage: Lineage, folded: Iterable[Section]) -> dict[str, 
 
 
 def _side(side: Mapping[str, TensorSpec], specs: _Numbers[TensorSpec]) -> dict[str, Any]:
-    return {"names": [printable(name, _LONG) for name in side], "specs": [specs(spec) for spec in side.values()]}
+    """Each name as what it has in common with the one before it, and the rest: a third of the size."""
+    names = [printable(name, _LONG) for name in side]
+    shared = [_shared(before, name) for before, name in zip(["", *names], names, strict=False)]
+    return {
+        "shared": [len(name[:at].encode("utf-16-le")) // 2 for name, at in zip(names, shared, strict=True)],  # as JavaScript counts
+        "rests": [name[at:] for name, at in zip(names, shared, strict=True)],
+        "specs": [specs(spec) for spec in side.values()],
+    }
+
+
+def _shared(before: str, name: str) -> int:
+    return next((at for at, (a, b) in enumerate(zip(before, name, strict=False)) if a != b), min(len(before), len(name)))
 
 
 def _lines(lines: Iterable[Line], kinds: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from ckptconv.errors import printable
 from ckptconv.plan import Expr, Origin, Output, Plan, Read, reads
 from ckptconv.report.changes import text_of, verb_of
 from ckptconv.report.model import Difference
-from ckptconv.spec import Manifest, TensorSpec
+from ckptconv.spec import TensorSpec
 
+NOWHERE = Origin()
 MOST_ARGUMENTS, MOST_DEPTH = 8, 12
 
 
@@ -63,7 +64,7 @@ class Link:
     output: str = ""
     verb: str = ""  #: what was done, where ``kind`` says another thing
     how: str = ""  #: the expression, its sources numbered as in ``sources``
-    origin: Origin = Origin()
+    origin: Origin = NOWHERE
     note: str = ""
 
 
@@ -79,7 +80,7 @@ class Lineage:
 def lineage_of(plan: Plan, comparison: Comparison | None = None) -> Lineage:
     """Where everything in a plan comes from, with what the comparison with the target has to say about it.
 
-    >>> from ckptconv.spec import DType
+    >>> from ckptconv.spec import DType, Manifest
     >>> spec = TensorSpec((2,), DType.float32)
     >>> plan = Plan(Manifest({"m.a": spec}), (Output("a", Read("m.a", spec)),))
     >>> [(link.kind, link.sources, link.output) for link in lineage_of(plan).links]

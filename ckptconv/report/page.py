@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptconv.errors import FINDINGS, FIT, INPUT, OUTPUT, USAGE, CkptconvError, Problem
-from ckptconv.plan import Plan
 from ckptconv.report.links import KINDS, Lineage, lineage_of, lineage_of_difference
 from ckptconv.report.model import Difference, RunReport
 from ckptconv.report.text import nbytes_text
@@ -91,7 +90,9 @@ def _page(report: RunReport, verdict: Verdict, rungs: tuple[Mapping[str, Any], .
 def _summary(lineage: Lineage) -> str:
     """What became of how many tensors, in one sentence."""
     counts = Counter(link.kind for link in lineage.links)
-    said = ", ".join(f"{counts[kind]:,} {KINDS[kind].word}" for kind in sorted(counts, key=lambda kind: (KINDS[kind].tone != "bad", -counts[kind])))
+    said = ", ".join(
+        f"{counts[kind]:,} {KINDS[kind].word}" for kind in sorted(counts, key=lambda kind: (KINDS[kind].tone != "bad", -counts[kind]))
+    )
     return f"{len(lineage.left):,} tensors on the left, {len(lineage.right):,} on the right: {said}."
 
 
@@ -133,7 +134,9 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
         found.append(("to" if source else "checkpoint", str(destination["path"])))
     if "nbytes" in destination:
         files = len(destination.get("files", ()))
-        found.append(("", f"{destination['tensors']:,} tensors, {nbytes_text(destination['nbytes'])}{f', {files} files' if files > 1 else ''}"))
+        found.append(
+            ("", f"{destination['tensors']:,} tensors, {nbytes_text(destination['nbytes'])}{f', {files} files' if files > 1 else ''}")
+        )
     if report.target:
         found.append(("target", report.target))
     if report.comparison is not None:

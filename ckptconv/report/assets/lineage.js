@@ -4,6 +4,10 @@
 class Lineage {
   constructor(data) {
     Object.assign(this, data); // kinds, specs, left, right, links, texts, origins, sections
+    for (const side of [this.left, this.right]) {
+      let last = "";
+      side.names = side.rests.map((rest, at) => (last = last.slice(0, side.shared[at]) + rest)); // a name is told by what the one before it lacks
+    }
     this.groups = this.sections.flatMap(([, , groups], section) =>
       groups.map(([left, right, kind, figures]) => ({ section, left, right, kind, figures, count: figures.flat().length })));
     this.place = []; // link -> its group and figure
