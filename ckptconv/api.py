@@ -32,7 +32,7 @@ from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_word, open_source, rule_file, variables
 from ckptconv.stage.parity import parity_words
 from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
-from ckptconv.stage.producing import Progress, estimate, produce
+from ckptconv.stage.producing import Progress, counted, estimate, produce
 from ckptconv.verify import Evidence, climb
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def diff(left: str, right: str, *, select: Sequence[str] = (), timeout: float = 
 
 def verify(
     destination: str | Path, *, target_word: str | None = None, against: str | Path | None = None, rules: Rules | None = None,
-    level: int | Literal["auto"] = "auto", **options: Any,
+    level: int | Literal["auto"] = "auto", progress: Progress | None = None, **options: Any,
 ) -> RunReport:  # fmt: skip
     """Climbs the verification ladder for a checkpoint that is already there; with ``against`` and ``rules`` also against its source.
 
@@ -198,6 +198,7 @@ def verify(
         container=written.container.path,
         timeout=chosen.timeout,
         threads=chosen.threads,
+        progress=counted(progress, "reading back", written.manifest.nbytes),
     )
     about = {
         "path": str(destination), "format": kind, "files": [file.name for file in written.files], "tensors": len(written.manifest),
@@ -212,7 +213,8 @@ def verify(
         wish = prepared.parity
         compared = wish.request(path, written.container.path, prepared.plan, prepared.source, prepared.comparison) if wish else None
         with Sources(prepared.source.files) as opened:
-            digests = digest_tensors(opened, prepared.source.placed, threads=chosen.threads)
+            nbytes = prepared.source.manifest.nbytes
+            digests = digest_tensors(opened, prepared.source.placed, threads=chosen.threads, progress=counted(progress, "reading", nbytes))
         evidence = replace(
             bare,
             plan=prepared.plan,

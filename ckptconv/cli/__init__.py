@@ -96,6 +96,7 @@ _CONVERSION = _options(
 )
 
 
+_NO_PROGRESS = click.option("--no-progress", is_flag=True, help="no progress bar")
 _HTML = click.option(
     "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="draw the report as one page, also of a failure"
 )
@@ -167,7 +168,7 @@ def cli() -> None:
 @_HTML
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
-@click.option("--no-progress", is_flag=True, help="no progress bar")
+@_NO_PROGRESS
 @_TALK
 def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, plan_file: Path | None, report: Path | None,
         html: Path | None, dry_run: bool, no_sync: bool, no_progress: bool, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
@@ -293,17 +294,19 @@ def diff(
 @_TIMEOUT
 @_ANNOTATIONS
 @_HTML
+@_NO_PROGRESS
 @_TALK
 def verify(
-    destination: str, target: str | None, set_: tuple[str, ...], style: str, html: Path | None, as_json: bool, quiet: bool, verbose: int,
-    **options: Any,
+    destination: str, target: str | None, set_: tuple[str, ...], style: str, html: Path | None, no_progress: bool, as_json: bool, quiet: bool,
+    verbose: int, **options: Any,
 ) -> int:  # fmt: skip
     """Prove a checkpoint that is already there: against a target, and against the source that it was made from."""
     out = Output(as_json, quiet, verbose, html_file=html)
     with guarded(out):
         from ckptconv import api
 
-        report = api.verify(destination, target_word=target, set=set_, **options)
+        with out.progress(enabled=not no_progress) as progress:
+            report = api.verify(destination, target_word=target, set=set_, progress=progress, **options)
         out.run_report(report, style)
         return 4 if report.ladder.failed else 0
 

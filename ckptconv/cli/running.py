@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -193,8 +194,11 @@ class Output:
 def _console(stream: Any) -> Console:
     from rich.console import Console
 
-    # A pipe has no width: lines stay whole, so that grep and diff work on them.
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH, soft_wrap=not stream.isatty())
+    # A pipe has no width: lines stay whole, so that grep and diff work on them. NO_COLOR (no-color.org) means bold and dim too.
+    return Console(
+        file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH, soft_wrap=not stream.isatty(),
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+    )  # fmt: skip
 
 
 @contextmanager

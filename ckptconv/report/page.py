@@ -6,7 +6,7 @@ A view with something of its own to say adds a function that makes a :class:`Pag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,21 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Block:
+    """What is said beside: notes, what was left behind, rules that were tried, commands to copy."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]  #: cells of each row; most blocks have one column
+    code: bool = False  #: commands, or a rule file: to be copied
+
+    @staticmethod
+    def of(title: str, lines: Iterable[str], *, code: bool = False) -> tuple[Block, ...]:
+        """One block of one column, or none where there is nothing to say."""
+        rows = tuple((line,) for line in lines)
+        return (Block(title, rows, code),) if rows else ()
+
+
+@dataclass(frozen=True)
 class Page:
     """Plain data; everything in it may be of a stranger's making."""
 
@@ -41,7 +56,7 @@ class Page:
     facts: tuple[tuple[str, str], ...] = ()  #: label, value
     rungs: tuple[Mapping[str, Any], ...] = ()  #: as Rung.to_json gives them
     problems: tuple[Problem, ...] = ()
-    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()  #: title, sentences: notes, what was left behind, commands to run, …
+    blocks: tuple[Block, ...] = ()
     left: str = ""  #: what the left side is
     right: str = ""
     lineage: Lineage | None = None
@@ -62,8 +77,15 @@ def page_of_difference(report: Difference) -> Page:
     facts = tuple(
         fact for label, side in (("left", report.a), ("right", report.b)) for fact in ((label, f"{len(side):,} tensors, {_size(side)}"),)
     )
-    ties = (("ties", report.ties),) if report.ties else ()
-    return Page("diff", verdict, facts, lists=ties, left=report.left, right=report.right, lineage=lineage_of_difference(report))
+    return Page(
+        "diff",
+        verdict,
+        facts,
+        blocks=Block.of("ties", report.ties),
+        left=report.left,
+        right=report.right,
+        lineage=lineage_of_difference(report),
+    )
 
 
 def page_of_failure(command: str, error: CkptconvError) -> Page:
@@ -82,8 +104,17 @@ def _page(report: RunReport, verdict: Verdict, rungs: tuple[Mapping[str, Any], .
     lineage = lineage_of(report.plan, report.comparison) if report.plan is not None else None
     sentences = [verdict.sentence, _summary(lineage) if lineage is not None else "", report.allowed]
     verdict = replace(verdict, sentence="\n".join(filter(None, sentences)))
+    skipped = [f"{path} ({kind})" for path, kind in report.skipped.items()]
     return Page(
-        report.command, verdict, tuple(_facts(report)), rungs, problems, tuple(_lists(report)), *_sides(report), lineage, report.rule_texts
+        report.command,
+        verdict,
+        tuple(_facts(report)),
+        rungs,
+        problems,
+        Block.of("notes", report.notes) + Block.of("left behind", skipped),
+        *_sides(report),
+        lineage,
+        report.rule_texts,
     )
 
 
@@ -145,11 +176,6 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
         peak = f", peak memory about {nbytes_text(cost['peak_nbytes'])}" if "peak_nbytes" in cost else ""
         found.append(("cost", f"{nbytes_text(cost['copied_nbytes'])} copied, {nbytes_text(cost['computed_nbytes'])} computed{peak}"))
     return [*found, ("time", f"{report.seconds:.1f} s")] if report.seconds else found
-
-
-def _lists(report: RunReport) -> list[tuple[str, tuple[str, ...]]]:
-    skipped = tuple(f"{path} ({kind})" for path, kind in report.skipped.items())
-    return [(title, lines) for title, lines in (("notes", tuple(report.notes)), ("left behind", skipped)) if lines]
 
 
 def _sides(report: RunReport) -> tuple[str, str]:
