@@ -417,5 +417,7 @@ def test_fifty_thousand_tensors_are_a_few_rows_of_the_document(show):
     assert names(tab)[-1] == names_[-1]
     assert tab.locator("#list .row").count() < 100
     tab.fill("#search", "layers.77 experts.123.up")
+    below = tab.evaluate("list.firstChild.getBoundingClientRect().top - head.getBoundingClientRect().bottom")
+    assert abs(below) < 2, "what was found stands where it is seen"
     assert tab.locator("#shown").inner_text() == "1 of 50,000 tensors"
     assert "model.layers.77.mlp.experts.123.up_proj.weight" in names(tab)

@@ -24,11 +24,10 @@
 
   // ---- names ----
 
-  // The last part of a name says most: a cell that is too narrow cuts what stands before it.
+  // The last parts of a name say most: a cell that is too narrow cuts what stands before them.
   const nameParts = (text) => {
-    const at = text.lastIndexOf(".", text.length - 2);
-    const leaf = at < 0 ? 0 : Math.max(at, text.lastIndexOf(".", at - 1)) && text.lastIndexOf(".", at - 1) + 1;
-    return [text.slice(0, leaf), text.slice(leaf)];
+    const at = text.lastIndexOf(".", text.lastIndexOf(".") - 1) + 1;
+    return [text.slice(0, at), text.slice(at)];
   };
   const name = (text) => {
     const [head, leaf] = nameParts(text.length > CUT ? `${text.slice(0, CUT)}…` : text);
@@ -66,7 +65,7 @@
       byId("nothing").hidden = state.rows.length > 0;
       list.style.height = `${state.rows.length * ROW}px`;
       list.setAttribute("aria-rowcount", state.rows.length);
-      if (!keep && list.getBoundingClientRect().top < headHeight()) list.scrollIntoView();
+      if (!keep) scrollBy(0, Math.min(0, list.getBoundingClientRect().top - headHeight())); // to what was found first
       paint();
     }
 
@@ -352,5 +351,6 @@
       return chip;
     }));
     refresh(true);
+    globalThis.requestIdleCallback?.(() => lineage.texts_of_links); // so that the first key is as quick as the next
   }
 }
