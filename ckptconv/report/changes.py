@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptconv.names import Template, collapse
+from ckptconv.names import Template, collapse, skeleton
 from ckptconv.plan import Apply, Expr, Fill, Origin, Output, Plan, Read, reads
 from ckptconv.transforms import Cast, Concat, Rearrange, Reshape, Slice
 
 #: Templates that are said one by one; more are said by what changes in them.
 FEW = 3
-_DIGITS = re.compile(r"\d+")
 _VERBS: Mapping[type, str] = {Cast: "cast", Concat: "joined", Rearrange: "rearranged", Reshape: "reshaped", Slice: "split"}
 
 
@@ -49,10 +47,10 @@ def changes(plan: Plan) -> list[Change]:
         elif verb == "renamed":
             # One edit is one line, however many names it touches: all of strip_prefix, say.
             before, after = edit(made_of[0], output.name)
-            detail, key = f"{before!r} to {after!r}", (verb, output.origin, _skeleton(before), _skeleton(after))
+            detail, key = f"{before!r} to {after!r}", (verb, output.origin, skeleton(before), skeleton(after))
         else:
             detail = "" if verb == "tied" else text_of(output.expr)
-            key = (verb, output.origin, detail, _skeleton(output.name), _skeletons(made_of))
+            key = (verb, output.origin, detail, skeleton(output.name), _skeletons(made_of))
         heads.setdefault(key, (verb, detail, output.origin))
         groups.setdefault(key, []).append((output.name, made_of))
     return [_change(*heads[key], members) for key, members in groups.items()] + _dropped(plan)
@@ -120,12 +118,8 @@ def _dropped(plan: Plan) -> list[Change]:
     return [Change("dropped", tuple(collapse(names)), (), len(names), reason, origin) for (origin, reason), names in groups.items()]
 
 
-def _skeleton(name: str) -> str:
-    return _DIGITS.sub("#", name)
-
-
 def _skeletons(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_skeleton(name) for name in names))
+    return tuple(dict.fromkeys(skeleton(name) for name in names))
 
 
 def _flat(groups: Iterable[tuple[str, ...]]) -> list[str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptconv.names import collapse
+from ckptconv.names import collapse, skeleton
 from ckptconv.report.links import Lineage, Link
 from ckptconv.spec import TensorSpec
-
-_DIGITS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,8 @@ def _figures(links: Sequence[Link]) -> list[tuple[int, ...]]:
 def _pattern(figure: tuple[int, ...], links: Sequence[Link]) -> tuple[object, ...]:
     """What figures of one group have in common: what is done, and all of the names but their numbers."""
     mine = [links[number] for number in figure]
-    done = dict.fromkeys((link.kind, link.verb, link.how, link.origin, _skeleton(link.output)) for link in mine)
-    return (*done, *dict.fromkeys(_skeleton(name) for link in mine for name in link.sources))
+    done = dict.fromkeys((link.kind, link.verb, link.how, link.origin, skeleton(link.output)) for link in mine)
+    return (*done, *dict.fromkeys(skeleton(name) for link in mine for name in link.sources))
 
 
 def _grids(figures: list[tuple[int, ...]], links: Sequence[Link]) -> list[list[tuple[int, ...]]]:
@@ -139,7 +136,7 @@ def _group(figures: list[tuple[int, ...]], lineage: Lineage) -> Group:
     links = [lineage.links[number] for figure in figures for number in figure]
     kinds: dict[str, str] = {}
     for link in links:
-        kinds.setdefault(_skeleton(link.output), link.kind)
+        kinds.setdefault(skeleton(link.output), link.kind)
     return Group(
         tuple(_lines((name for link in links for name in link.sources), lineage.left)),
         tuple(_lines((link.output for link in links if link.output), lineage.right, kinds)),
@@ -151,10 +148,6 @@ def _lines(names: Iterable[str], specs: Mapping[str, TensorSpec], kinds: Mapping
     found = []
     for template in collapse(list(dict.fromkeys(names))):
         texts = list(dict.fromkeys(str(specs[name]) for name in template.names))
-        kind = (kinds or {}).get(_skeleton(template.names[0]), "")
+        kind = (kinds or {}).get(skeleton(template.names[0]), "")
         found.append(Line(template.text, len(template.names), texts[0] if len(texts) == 1 else f"{len(texts)} shapes", kind))
     return found
-
-
-def _skeleton(name: str) -> str:
-    return _DIGITS.sub("#", name)

@@ -40,7 +40,7 @@ steps:
 HOSTILE = (
     "<script>alert(1)</script>", "</script><script>window.pwned=1</script>", "<!--<script>", "]]>", "&lt;b&gt;", "<img src=x onerror=window.pwned=1>",
     "rtl\u202egnp.weight", "\u2067isolate\u2069.x", "nul\x00.weight", "line\u2028sep\u2029", "tab\there\nnew", "\u202e" * 40, "zero\u200bwidth", "עברית.משקל",
-    "\U0001f600 emoji", "\U0001f600 emoticon", "{{ 7*7 }}", "${7*7}", "long." + "x" * 10_000, "no_dots_" + "y" * 10_000, " ", "__proto__", "constructor",
+    "\U0001f600 emoji", "\U0001f600 emoticon", "{{ 7*7 }}", "${7*7}", "long." + "x" * 10_000, "no_dots_" + "y" * 10_000, " ", "7" * 5_000, "8" * 5_000, "__proto__", "constructor",
 )  # fmt: skip
 
 

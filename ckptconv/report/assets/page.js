@@ -45,7 +45,8 @@
 
   function draw(lineage) {
     const list = byId("list"), panel = byId("panel"), search = byId("search"), shown = byId("shown");
-    const state = { kinds: new Set(), query: "", everything: false, open: new Set(), closed: new Set(), active: 0, rows: [], link: -1 };
+    const state = { kinds: new Set(), query: "", everything: false, open: new Set(), closed: new Set(), active: 0, rows: [] };
+    const drawn = new Map(); // row number -> its element
 
     const badge = (kind) => {
       const { glyph, word, tone } = lineage.kinds[kind];
@@ -66,6 +67,8 @@
       list.style.height = `${state.rows.length * ROW}px`;
       list.setAttribute("aria-rowcount", state.rows.length);
       if (!keep) scrollBy(0, Math.min(0, list.getBoundingClientRect().top - headHeight())); // to what was found first
+      drawn.forEach((element) => element.remove());
+      drawn.clear();
       paint();
     }
 
@@ -77,10 +80,20 @@
       const top = -list.getBoundingClientRect().top;
       const first = Math.max(0, Math.floor(top / ROW) - SPARE);
       const last = Math.min(state.rows.length, Math.ceil((top + innerHeight) / ROW) + SPARE);
-      const rows = [];
-      for (let at = first; at < last; at += 1) rows.push(row(at));
-      list.replaceChildren(...rows);
-      if (rows.length) list.setAttribute("aria-activedescendant", `row-${state.active}`);
+      for (const [at, element] of drawn) if (at < first || at >= last) { element.remove(); drawn.delete(at); }
+      // What stays is not touched: a click whose row is replaced between press and release would be lost.
+      let next = list.firstChild;
+      for (let at = first; at < last; at += 1) {
+        if (!drawn.has(at)) drawn.set(at, list.insertBefore(row(at), next));
+        next = drawn.get(at).nextSibling;
+      }
+      list.setAttribute("aria-activedescendant", `row-${state.active}`);
+    }
+
+    function activate(at) {
+      drawn.get(state.active)?.setAttribute("aria-selected", "false");
+      state.active = at;
+      drawn.get(at)?.setAttribute("aria-selected", "true");
     }
 
     function row(at) {
@@ -274,7 +287,7 @@
     }
 
     function move(at) {
-      state.active = Math.max(0, Math.min(state.rows.length - 1, at));
+      activate(Math.max(0, Math.min(state.rows.length - 1, at)));
       const top = list.getBoundingClientRect().top + state.active * ROW;
       if (top < headHeight()) scrollBy(0, top - headHeight());
       else if (top + ROW > innerHeight) scrollBy(0, top + ROW - innerHeight);
@@ -284,11 +297,10 @@
     list.addEventListener("click", (event) => {
       const element = event.target.closest(".row");
       if (!element) return;
-      state.active = Number(element.dataset.at);
+      activate(Number(element.dataset.at));
       const item = state.rows[state.active];
       if (event.target.closest(".caret") && item.type === "group" && item.foldable) fold(item);
       else act(item, event.target.closest(".cell.left") ? "left" : "right");
-      paint();
     });
     list.addEventListener("keydown", (event) => {
       const item = state.rows[state.active], page = Math.floor((innerHeight - headHeight()) / ROW) - 1;
