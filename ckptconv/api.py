@@ -19,7 +19,7 @@ from ckptconv import formats, ruletests, target
 from ckptconv.compare import compare, explain_missing_initial
 from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, printable
 from ckptconv.layout import renamed_versions
-from ckptconv.plan import Output, Plan, Read
+from ckptconv.plan import Read, as_it_is
 from ckptconv.planner import make_plan
 from ckptconv.report.changes import changes
 from ckptconv.report.model import Candidate, Difference, Inspection, LockReport, RuleReport, RunReport, difference
@@ -236,7 +236,7 @@ def verify(
         evidence = replace(bare, target=wanted_target, wanted=wanted, parity=compared)
         report = RunReport(
             "verify", {}, {}, about, (), written.contents.warnings, target=target_word, comparison=compare(written.manifest, wanted),
-            plan=_as_it_is(written.manifest),
+            plan=as_it_is(written.manifest),
         )  # fmt: skip
     ladder = climb(evidence, chosen.level or 0)
     return replace(report, ladder=ladder, seconds=time.monotonic() - started)
@@ -434,11 +434,6 @@ def _prepared(rules: Rules | None, source: Path, options: Options, plan_file: st
     if (rules is None) == (plan_file is None):
         raise UsageError(Problem("CK107", "give either RULES or --plan FILE"))
     return prepare(rules, source, options) if rules is not None else prepare_saved(Path(str(plan_file)), source, options)
-
-
-def _as_it_is(manifest: Manifest) -> Plan:
-    """The plan of a checkpoint that nothing is done to."""
-    return Plan(manifest, tuple(Output(name, Read(name, spec)) for name, spec in manifest.tensors.items()), manifest.ties)
 
 
 def _report(command: str, prepared: Prepared, options: Options, destination: Mapping[str, Any]) -> RunReport:

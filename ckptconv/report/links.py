@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptconv.compare import Comparison
 from ckptconv.errors import printable
@@ -98,6 +98,17 @@ def lineage_of(plan: Plan, comparison: Comparison | None = None) -> Lineage:
         wanted = [name for name in comparison.wanted.tensors if name in links]
         links = {name: links[name] for name in [*wanted, *(name for name in links if name not in comparison.wanted)]}
     return Lineage(plan.source.tensors, right, tuple(_with_unused(plan, list(links.values()))))
+
+
+def in_doubt(lineage: Lineage, notes: Mapping[str, str]) -> Lineage:
+    """The lineage with these outputs marked as ambiguous, and why; what is wrong with them anyway stays."""
+    links = (
+        replace(link, kind="ambiguous", verb=link.verb or link.kind, note=notes[link.output])
+        if link.output in notes and KINDS[link.kind].tone != "bad"
+        else link
+        for link in lineage.links
+    )
+    return replace(lineage, links=tuple(links))
 
 
 def lineage_of_difference(difference: Difference) -> Lineage:

@@ -9,7 +9,7 @@ from ckptconv.errors import CkptconvError
 from ckptconv.names import collapse
 from ckptconv.planner import make_plan
 from ckptconv.report.groups import sections
-from ckptconv.report.links import KINDS, Lineage, Link, lineage_of, lineage_of_difference
+from ckptconv.report.links import KINDS, Lineage, Link, in_doubt, lineage_of, lineage_of_difference
 from ckptconv.report.model import difference
 from ckptconv.ruleset import builtin
 from ckptconv.ruleset.model import parse
@@ -91,6 +91,12 @@ def test_what_was_done_stands_beside_what_is_wrong():
     plan = plan_of("- cast: {keys: a, dtype: float16}", ONE)
     (link,) = lineage_of(plan, compare(plan.manifest, Manifest({"a": spec(9)}))).links
     assert (link.kind, link.verb, link.how, str(link.origin)) == ("shape", "cast", "cast(#1, float16)", "r.yaml:5  cast (step 1)")
+
+
+def test_what_is_ambiguous_says_what_else_it_may_be():
+    lineage = lineage_of(plan_of("- rename: {a: b, c: d}", {"a": spec(1), "c": spec(1)}))
+    marked = in_doubt(lineage, {"b": "or of c"})
+    assert [(link.kind, link.verb, link.note) for link in marked.links] == [("ambiguous", "renamed", "or of c"), ("renamed", "", "")]
 
 
 def test_aliases_of_the_source_are_not_lost():
