@@ -45,7 +45,10 @@ class Output:
 
     def run_report(self, report: RunReport, style: str = "text") -> None:
         self.write_report(report.to_json())
-        self.write_page(lambda pages: pages.page_of_run(report))
+        if self.html_file is not None:
+            from ckptconv.report.page import page_of_run
+
+            self.write_page(page_of_run(report))
         if style != "text":
             self.annotations([(str(report.destination["path"]), report.ladder.problems)], style)
         elif self.as_json:
@@ -64,7 +67,10 @@ class Output:
             print_inspection(report, self.console, flat=flat, match=match, tree=tree)
 
     def difference(self, report: Difference) -> None:
-        self.write_page(lambda pages: pages.page_of_difference(report))
+        if self.html_file is not None:
+            from ckptconv.report.page import page_of_difference
+
+            self.write_page(page_of_difference(report))
         if self.as_json:
             self.json(report.to_json())
         elif not self.quiet:
@@ -146,15 +152,13 @@ class Output:
 
         write_text(self.report_file, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
 
-    def write_page(self, page: Callable[[Any], Page]) -> None:
-        """``--html FILE``: likewise. ``page`` is given the module of page makers, which nobody else has to load."""
-        if self.html_file is None:
-            return
+    def write_page(self, page: Page) -> None:
+        """``--html FILE``: likewise."""
         from ckptconv.api import write_text
-        from ckptconv.report import html
-        from ckptconv.report import page as pages
+        from ckptconv.report.html import render
 
-        write_text(self.html_file, html.render(page(pages)), force=True)
+        assert self.html_file is not None, "who makes a page asks first"
+        write_text(self.html_file, render(page), force=True)
 
     def failure(self, error: CkptconvError) -> None:
         data: dict[str, Any] = {
@@ -169,7 +173,10 @@ class Output:
 
             print_problems(error.problems, self.errors)
         self.write_report(data)
-        self.write_page(lambda pages: pages.page_of_failure(click.get_current_context().info_name or "", error))
+        if self.html_file is not None:
+            from ckptconv.report.page import page_of_failure
+
+            self.write_page(page_of_failure(click.get_current_context().info_name or "", error))
 
     @contextmanager
     def progress(self, *, enabled: bool) -> Iterator[Progress | None]:
