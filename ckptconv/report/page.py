@@ -40,6 +40,11 @@ class Block:
     rows: tuple[tuple[str, ...], ...]  #: cells of each row; most blocks have one column
     code: bool = False  #: commands, or a rule file: to be copied
 
+    @property
+    def long(self) -> bool:
+        """Several lines in one cell: a whole file, not to be in the way of what is read first."""
+        return any("\n" in cell for row in self.rows for cell in row)
+
     @staticmethod
     def of(title: str, lines: Iterable[str], *, code: bool = False) -> tuple[Block, ...]:
         """One block of one column, or none where there is nothing to say."""
