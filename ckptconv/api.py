@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -18,9 +19,9 @@ from ckptconv import formats, ruletests, target
 from ckptconv.compare import compare, explain_missing_initial
 from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, printable
 from ckptconv.layout import renamed_versions
-from ckptconv.plan import Read
+from ckptconv.plan import Read, as_it_is
 from ckptconv.planner import make_plan
-from ckptconv.report.changes import Change, changes
+from ckptconv.report.changes import changes
 from ckptconv.report.model import Candidate, Difference, Inspection, LockReport, RuleReport, RunReport, difference
 from ckptconv.ruleset import builtin, lock
 from ckptconv.ruleset import model as ruleset
@@ -31,7 +32,7 @@ from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_word, open_source, rule_file, variables
 from ckptconv.stage.parity import parity_words
 from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
-from ckptconv.stage.producing import Progress, estimate, produce
+from ckptconv.stage.producing import Progress, counted, estimate, produce
 from ckptconv.stage.recorded import differing_rules, recorded, rules_of
 from ckptconv.verify import Evidence, climb
 
@@ -61,19 +62,18 @@ def run(
     """
     started = time.monotonic()
     chosen = Options(**options)
-    prepared = _prepared(rules, Path(source), chosen, plan_file)
-    produced = produce(prepared, Path(destination), chosen, progress)
-    notes = list(prepared.notes)
-    if produced.left_out:
-        notes.append(f"not carried along: {printable(', '.join(produced.left_out[:5]))}")
-    return RunReport(
-        "run", _rules_json(prepared), {**_source_json(prepared), "digest": produced.source_digest},
-        {"path": str(destination), "format": produced.shape.format, "files": [file.name for file in produced.layout.files],
-         "tensors": len(prepared.plan.outputs), "nbytes": produced.layout.nbytes, "written": True},
-        tuple(changes(prepared.plan)), tuple(notes), _left_behind(prepared, chosen), prepared.target.text if prepared.target else "",
-        prepared.comparison, prepared.allowed, produced.ladder,
-        {"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
-        time.monotonic() - started,
+    with _with_report("run", chosen, destination):
+        prepared = _prepared(rules, Path(source), chosen, plan_file)
+        produced = produce(prepared, Path(destination), chosen, progress)
+    report = _report("run", prepared, chosen, {
+        "path": str(destination), "format": produced.shape.format, "files": [file.name for file in produced.layout.files],
+        "tensors": len(prepared.plan.outputs), "nbytes": produced.layout.nbytes, "written": True,
+    })  # fmt: skip
+    left_out = (f"not carried along: {printable(', '.join(produced.left_out[:5]))}",) if produced.left_out else ()
+    return replace(
+        report, source={**report.source, "digest": produced.source_digest}, notes=report.notes + left_out, ladder=produced.ladder,
+        cost={"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
+        seconds=time.monotonic() - started,
     )  # fmt: skip
 
 
@@ -84,20 +84,19 @@ def plan(
     """The dry run: what :func:`run` would write, its bytes and its peak memory. Reads headers only. ``out`` saves the plan as JSON."""
     started = time.monotonic()
     chosen = Options(**options)
-    prepared = _prepared(rules, Path(source), chosen, plan_file)
+    with _with_report("plan", chosen, destination or ""):
+        prepared = _prepared(rules, Path(source), chosen, plan_file)
     shape, layout, peak = estimate(prepared, Path(destination) if destination is not None else None, chosen)
     if out is not None:
         write_text(Path(out), json.dumps(saved_plan(prepared), ensure_ascii=False, indent=1), force=chosen.force)
     manifest = prepared.plan.manifest
     copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if isinstance(output.expr, Read))
-    return RunReport(
-        "plan", _rules_json(prepared), _source_json(prepared),
-        {"path": str(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
-         "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False},
-        tuple(changes(prepared.plan)), prepared.notes, _left_behind(prepared, chosen), prepared.target.text if prepared.target else "",
-        prepared.comparison, prepared.allowed, cost={"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak},
-        seconds=time.monotonic() - started,
-    )  # fmt: skip
+    report = _report("plan", prepared, chosen, {
+        "path": str(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
+        "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False,
+    })  # fmt: skip
+    cost = {"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak}
+    return replace(report, cost=cost, seconds=time.monotonic() - started)
 
 
 def convert(state_dict: Mapping[str, Tensor], rules: Rules, *, set: Any = (), config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: A002
@@ -145,10 +144,10 @@ def load(
     result = target.load_into(model, state, allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected)
     if not result.loaded:
         raise FitError(Problem("CK408", printable(result.error, 1000)))
-    return RunReport(
-        "load", _rules_json(prepared), _source_json(prepared), {"path": type(model).__name__, "tensors": len(state), "written": False},
-        tuple(changes(prepared.plan)), prepared.notes, _left_behind(prepared, chosen), type(model).__name__, comparison,
-        explain_missing_initial(comparison, wanted), seconds=time.monotonic() - started,
+    report = _report("load", prepared, chosen, {"path": type(model).__name__, "tensors": len(state), "written": False})
+    return replace(
+        report, target=type(model).__name__, comparison=comparison, allowed=explain_missing_initial(comparison, wanted),
+        seconds=time.monotonic() - started,
     )  # fmt: skip
 
 
@@ -178,7 +177,7 @@ def diff(left: str, right: str, *, select: Sequence[str] = (), timeout: float = 
 
 def verify(
     destination: str | Path, *, target_word: str | None = None, against: str | Path | None = None, rules: Rules | None = None,
-    level: int | Literal["auto"] = "auto", **options: Any,
+    level: int | Literal["auto"] = "auto", progress: Progress | None = None, **options: Any,
 ) -> RunReport:  # fmt: skip
     """Climbs the verification ladder for a checkpoint that is already there; with ``against`` and ``rules`` also against its source.
 
@@ -201,18 +200,24 @@ def verify(
         container=written.container.path,
         timeout=chosen.timeout,
         threads=chosen.threads,
+        progress=counted(progress, "reading back", written.manifest.nbytes),
     )
-    about: tuple[dict[str, Any], dict[str, Any], tuple[Change, ...], tuple[str, ...]] = ({}, {}, (), written.contents.warnings)
+    about = {
+        "path": str(destination), "format": kind, "files": [file.name for file in written.files], "tensors": len(written.manifest),
+        "nbytes": written.manifest.nbytes, "written": False, "recorded": recorded(written.contents.metadata),
+    }  # fmt: skip
     if against is not None:
         from ckptconv.execute.digest import digest_tensors
         from ckptconv.execute.sources import Sources
 
         made_by = rule_file(rules) if rules is not None else rules_of(written.contents.metadata, path)
-        prepared = prepare(made_by, Path(against), chosen)
+        with _with_report("verify", chosen, destination):
+            prepared = prepare(made_by, Path(against), chosen)
         wish = prepared.parity
         compared = wish.request(path, written.container.path, prepared.plan, prepared.source, prepared.comparison) if wish else None
         with Sources(prepared.source.files) as opened:
-            digests = digest_tensors(opened, prepared.source.placed, threads=chosen.threads)
+            nbytes = prepared.source.manifest.nbytes
+            digests = digest_tensors(opened, prepared.source.placed, threads=chosen.threads, progress=counted(progress, "reading", nbytes))
         evidence = replace(
             bare,
             plan=prepared.plan,
@@ -224,8 +229,8 @@ def verify(
             allow=prepared.allow,
             parity=compared,
         )
-        other = differing_rules(written.contents.metadata, made_by)
-        about = _rules_json(prepared), _source_json(prepared), tuple(changes(prepared.plan)), other + prepared.notes
+        report = _report("verify", prepared, chosen, about)
+        report = replace(report, skipped={}, notes=differing_rules(written.contents.metadata, made_by) + report.notes)
     else:
         assert target_word is not None
         wanted_target = target.parse(target_word, origin="command line", base=None)
@@ -233,13 +238,12 @@ def verify(
         compared = wish.request(path, written.container.path) if wish else None
         wanted = target.manifest_of(wanted_target, timeout=chosen.timeout)
         evidence = replace(bare, target=wanted_target, wanted=wanted, parity=compared)
+        report = RunReport(
+            "verify", {}, {}, about, (), written.contents.warnings, target=target_word, comparison=compare(written.manifest, wanted),
+            plan=as_it_is(written.manifest),
+        )  # fmt: skip
     ladder = climb(evidence, chosen.level or 0)
-    return RunReport(
-        "verify", about[0], about[1],
-        {"path": str(destination), "format": kind, "files": [file.name for file in written.files], "tensors": len(written.manifest),
-         "nbytes": written.manifest.nbytes, "written": False, "recorded": recorded(written.contents.metadata)},
-        about[2], about[3], {}, target_word or "", ladder=ladder, seconds=time.monotonic() - started,
-    )  # fmt: skip
+    return replace(report, ladder=ladder, seconds=time.monotonic() - started)
 
 
 def check(rules: Sequence[str | Path]) -> list[tuple[str, tuple[Problem, ...]]]:
@@ -434,6 +438,28 @@ def _prepared(rules: Rules | None, source: Path, options: Options, plan_file: st
     if (rules is None) == (plan_file is None):
         raise UsageError(Problem("CK107", "give either RULES or --plan FILE"))
     return prepare(rules, source, options) if rules is not None else prepare_saved(Path(str(plan_file)), source, options)
+
+
+def _report(command: str, prepared: Prepared, options: Options, destination: Mapping[str, Any]) -> RunReport:
+    """What is known of a conversion before anything is written."""
+    return RunReport(
+        command, _rules_json(prepared), _source_json(prepared), destination, tuple(changes(prepared.plan)), prepared.notes,
+        _left_behind(prepared, options), prepared.target.text if prepared.target else "", prepared.comparison, prepared.allowed,
+        plan=prepared.plan, rule_texts=prepared.rule_texts,
+    )  # fmt: skip
+
+
+@contextmanager
+def _with_report(command: str, options: Options, destination: str | Path) -> Iterator[None]:
+    """An error that comes when the conversion is prepared says what was known by then, as a report."""
+    try:
+        yield
+    except CkptconvError as error:
+        if isinstance(error.about, Prepared):
+            manifest = error.about.plan.manifest
+            planned = {"path": str(destination), "format": "", "tensors": len(manifest), "nbytes": manifest.nbytes, "written": False}
+            error.about = _report(command, error.about, options, planned)
+        raise
 
 
 def _rules_json(prepared: Prepared) -> dict[str, Any]:

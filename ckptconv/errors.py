@@ -79,14 +79,15 @@ class Problem:
 class CkptconvError(Exception):
     """Base of everything that ckptconv raises on purpose; holds every problem that was found, not only the first.
 
-    ``verification`` is what the ladder found, as JSON, where a rung of it failed: a program wants more than the sentences.
+    ``verification`` is what the ladder found, as JSON, where a rung of it failed: a program wants more than the sentences. ``about`` is
+    what was known by then, for views that show it: whatever the floor that raises has, a report where it reaches the command line.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, problems: Problem | Iterable[Problem], verification: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, problems: Problem | Iterable[Problem], verification: Mapping[str, Any] | None = None, about: object = None) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
-        self.verification = verification
+        self.verification, self.about = verification, about
         super().__init__("\n".join(map(str, self.problems)))
 
 

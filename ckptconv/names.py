@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_NAME = 1024
-_DIGITS = re.compile(r"\d+")
+#: An index. A longer run of digits is text: it counts nothing, and Python refuses to read it as a number.
+_DIGITS = re.compile(r"(?<!\d)\d{1,18}(?!\d)")
 _PARTS = re.compile(r"(\d+)")
 
 
@@ -42,6 +43,15 @@ def unusable(name: object) -> str | None:
     return None
 
 
+def skeleton(name: str) -> str:
+    """The name without its numbers: names with one skeleton may be said as one template.
+
+    >>> skeleton("layers.11.fc1.weight")
+    'layers.#.fc#.weight'
+    """
+    return _DIGITS.sub("#", name)
+
+
 @dataclass(frozen=True)
 class Template:
     """Many names said as one: ``layers.{0-11}.attn.qkv.weight`` stands for the twelve in ``names``."""
@@ -63,7 +73,7 @@ def collapse(names: Sequence[str]) -> list[Template]:
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(_DIGITS.sub("#", name), []).append(name)
+        groups.setdefault(skeleton(name), []).append(name)
     return [template for members in groups.values() for template in _templates(members)]
 
 

@@ -215,6 +215,16 @@ class Plan:
             raise ValueError(f"not a saved plan: {type(error).__name__}: {error}") from None
 
 
+def as_it_is(manifest: Manifest) -> Plan:
+    """The plan that does nothing: every tensor under its own name.
+
+    >>> manifest = Manifest({"a": TensorSpec((2,), DType.float32)})
+    >>> as_it_is(manifest).manifest == manifest
+    True
+    """
+    return Plan(manifest, tuple(Output(name, Read(name, spec)) for name, spec in manifest.tensors.items()), manifest.ties)
+
+
 def islands(outputs: Sequence[Output]) -> list[tuple[Output, ...]]:
     """Group outputs that share a node, transitively. Order within and between groups is that of ``outputs``."""
     parent = list(range(len(outputs)))

@@ -16,6 +16,7 @@ from ckptconv.names import MAX_NAME, collapse, natural_key, nearest, unusable
         (["l.0.e.0.w", "l.0.e.1.w", "l.1.e.0.w", "l.1.e.1.w"], ["l.{0-1}.e.{0-1}.w ×4"]),
         (["l.0.b.0.w", "l.0.b.1.w", "l.1.b.0.w"], ["l.0.b.{0-1}.w ×2", "l.1.b.0.w"]),
         (["x.w", "l.0.w", "l.1.w", "y.w"], ["x.w", "l.{0-1}.w ×2", "y.w"]),
+        (["l." + "1" * 5000, "l." + "2" * 5000], ["l." + "1" * 5000, "l." + "2" * 5000]),
         ([], []),
     ],
 )

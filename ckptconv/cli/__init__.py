@@ -96,6 +96,10 @@ _CONVERSION = _options(
 )
 
 
+_NO_PROGRESS = click.option("--no-progress", is_flag=True, help="no progress bar")
+_HTML = click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="draw the report as one page, also of a failure"
+)
 _PARITY = click.option(
     "--parity",
     multiple=True,
@@ -161,12 +165,13 @@ def cli() -> None:
 )
 @_PARITY
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
+@_HTML
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
-@click.option("--no-progress", is_flag=True, help="no progress bar")
+@_NO_PROGRESS
 @_TALK
-def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, plan_file: Path | None, report: Path | None, dry_run: bool,
-        no_sync: bool, no_progress: bool, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
+def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, plan_file: Path | None, report: Path | None,
+        html: Path | None, dry_run: bool, no_sync: bool, no_progress: bool, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
     """Convert SRC by RULES, verify the result, and write it to DST.
 
     RULES is a rule file or the name of a built-in rule; SRC a checkpoint file or folder. DST is written completely and verified, or not
@@ -178,7 +183,7 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
         raise click.UsageError(f"want {names}, found {len(arguments)} arguments")
     rules = None if plan_file is not None else arguments[0]
     source, destination = arguments[-2:]
-    out = Output(as_json, quiet, verbose, report)
+    out = Output(as_json, quiet, verbose, report, html)
     with guarded(out):
         from ckptconv import api
 
@@ -201,11 +206,12 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
 @click.argument("destination", metavar="[DST]", required=False, type=click.Path())
 @_CONVERSION
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="plan.json", help="save the plan for `run --plan`")
+@_HTML
 @_TALK
-def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None, as_json: bool,
-         quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
+def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None,
+         html: Path | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
     """Say what a run would do: names, shapes, lineage, bytes, peak memory. Reads headers only; nothing is written."""
-    output = Output(as_json, quiet, verbose)
+    output = Output(as_json, quiet, verbose, html_file=html)
     with guarded(output):
         from ckptconv import api
 
@@ -250,10 +256,13 @@ def inspect(source: str, match: tuple[str, ...], flat: bool, tree: bool, save_ma
 @click.argument("right", metavar="B")
 @_SELECT
 @_TIMEOUT
+@_HTML
 @_TALK
-def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json: bool, quiet: bool, verbose: int) -> int:
+def diff(
+    left: str, right: str, select: tuple[str, ...], timeout: float, html: Path | None, as_json: bool, quiet: bool, verbose: int
+) -> int:
     """Compare names, shapes, dtypes and ties of A and B (checkpoint, target or saved manifest). Exit 1 when they differ."""
-    out = Output(as_json, quiet, verbose)
+    out = Output(as_json, quiet, verbose, html_file=html)
     with guarded(out):
         from ckptconv import api
 
@@ -285,20 +294,21 @@ def diff(left: str, right: str, select: tuple[str, ...], timeout: float, as_json
 @_THREADS
 @_TIMEOUT
 @_ANNOTATIONS
+@_HTML
+@_NO_PROGRESS
 @_TALK
 def verify(
-    destination: str, target: str | None, set_: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbose: int, **options: Any
+    destination: str, target: str | None, set_: tuple[str, ...], style: str, html: Path | None, no_progress: bool, as_json: bool, quiet: bool,
+    verbose: int, **options: Any,
 ) -> int:  # fmt: skip
     """Prove a checkpoint that is already there: against a target, and against the source that it was made from."""
-    out = Output(as_json, quiet, verbose)
+    out = Output(as_json, quiet, verbose, html_file=html)
     with guarded(out):
         from ckptconv import api
 
-        report = api.verify(destination, target_word=target, set=set_, **options)
-        if style == "text":
-            out.run_report(report)
-        else:
-            out.annotations([(destination, report.ladder.problems)], style)
+        with out.progress(enabled=not no_progress) as progress:
+            report = api.verify(destination, target_word=target, set=set_, progress=progress, **options)
+        out.run_report(report, style)
         return 4 if report.ladder.failed else 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,9 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ckptconv.errors import Problem
+    from ckptconv.errors import CkptconvError, Problem
     from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
+    from ckptconv.report.page import Page
     from ckptconv.ruleset.model import RuleFile
 
 Progress = Callable[[str, int, int], None]
@@ -26,8 +28,9 @@ PIPE_WIDTH = 160
 class Output:
     """Prints reports for people (rich text, plain when piped) or programs (JSON on stdout). Errors go to stderr."""
 
-    def __init__(self, as_json: bool, quiet: bool, verbose: int, report_file: Path | None = None) -> None:
-        self.as_json, self.quiet, self.verbose, self.report_file = as_json, quiet, verbose, report_file
+    def __init__(self, as_json: bool, quiet: bool, verbose: int, report_file: Path | None = None, html_file: Path | None = None) -> None:
+        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
+        self.report_file, self.html_file = report_file, html_file
 
     @cached_property
     def console(self) -> Console:
@@ -40,9 +43,15 @@ class Output:
     def json(self, data: Any) -> None:
         click.echo(json.dumps(data, ensure_ascii=False, indent=1))
 
-    def run_report(self, report: RunReport) -> None:
+    def run_report(self, report: RunReport, style: str = "text") -> None:
         self.write_report(report.to_json())
-        if self.as_json:
+        if self.html_file is not None:
+            from ckptconv.report.page import page_of_run
+
+            self.write_page(page_of_run(report))
+        if style != "text":
+            self.annotations([(str(report.destination["path"]), report.ladder.problems)], style)
+        elif self.as_json:
             self.json(report.to_json())
         elif not self.quiet:
             from ckptconv.report.text import print_run
@@ -58,6 +67,10 @@ class Output:
             print_inspection(report, self.console, flat=flat, match=match, tree=tree)
 
     def difference(self, report: Difference) -> None:
+        if self.html_file is not None:
+            from ckptconv.report.page import page_of_difference
+
+            self.write_page(page_of_difference(report))
         if self.as_json:
             self.json(report.to_json())
         elif not self.quiet:
@@ -139,17 +152,31 @@ class Output:
 
         write_text(self.report_file, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
 
-    def failure(self, problems: Sequence[Problem], exit_code: int, verification: Mapping[str, Any] | None = None) -> None:
-        data: dict[str, Any] = {"ckptconv_error": 1, "exit_code": exit_code, "problems": [problem.to_json() for problem in problems]}
-        if verification is not None:
-            data["verification"] = dict(verification)
+    def write_page(self, page: Page) -> None:
+        """``--html FILE``: likewise."""
+        from ckptconv.api import write_text
+        from ckptconv.report.html import render
+
+        assert self.html_file is not None, "who makes a page asks first"
+        write_text(self.html_file, render(page), force=True)
+
+    def failure(self, error: CkptconvError) -> None:
+        data: dict[str, Any] = {
+            "ckptconv_error": 1, "exit_code": error.exit_code, "problems": [problem.to_json() for problem in error.problems],
+        }  # fmt: skip
+        if error.verification is not None:
+            data["verification"] = dict(error.verification)
         if self.as_json:
             self.json(data)
         else:
             from ckptconv.report.text import print_problems
 
-            print_problems(problems, self.errors)
+            print_problems(error.problems, self.errors)
         self.write_report(data)
+        if self.html_file is not None:
+            from ckptconv.report.page import page_of_failure
+
+            self.write_page(page_of_failure(click.get_current_context().info_name or "", error))
 
     @contextmanager
     def progress(self, *, enabled: bool) -> Iterator[Progress | None]:
@@ -174,8 +201,11 @@ class Output:
 def _console(stream: Any) -> Console:
     from rich.console import Console
 
-    # A pipe has no width: lines stay whole, so that grep and diff work on them.
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH, soft_wrap=not stream.isatty())
+    # A pipe has no width: lines stay whole, so that grep and diff work on them. NO_COLOR (no-color.org) means bold and dim too.
+    return Console(
+        file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH, soft_wrap=not stream.isatty(),
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+    )  # fmt: skip
 
 
 @contextmanager
@@ -190,7 +220,7 @@ def guarded(out: Output) -> Iterator[None]:
             raise UsageError(refusal.at("")) from None
     except CkptconvError as error:
         try:
-            out.failure(error.problems, error.exit_code, error.verification)
+            out.failure(error)
         except CkptconvError as second:  # the report could not be written either: say so, and keep the first reason's code
             from ckptconv.report.text import print_problems
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from ckptconv._version import __version__
 from ckptconv.errors import CODES, Problem
@@ -77,13 +78,24 @@ def sarif(found: Iterable[tuple[str, Sequence[Problem]]]) -> dict[str, Any]:
                 "name": "ckptconv", "version": __version__,
                 "rules": [{"id": code, "shortDescription": {"text": CODES.get(code, code)}} for code in codes],
             }},
+            "columnKind": "unicodeCodePoints",
             "results": [_result(place, problem, codes.index(problem.code)) for place, problem in results],
         }],
     }  # fmt: skip
 
 
+def _uri(file: str) -> str:
+    """A file as SARIF names it: a reference relative to the checkout, or a file: URI.
+
+    >>> _uri("my rules/a:b.yaml"), _uri("/tmp/50%.yaml")
+    ('my%20rules/a%3Ab.yaml', 'file:///tmp/50%25.yaml')
+    """
+    path = quote(file.replace("\\", "/").encode("utf-8", "surrogatepass"))
+    return f"file://{path}" if path.startswith("/") else path
+
+
 def _result(place: Place, problem: Problem, index: int) -> dict[str, Any]:
-    location: dict[str, Any] = {"artifactLocation": {"uri": place.file.replace("\\", "/")}}
+    location: dict[str, Any] = {"artifactLocation": {"uri": _uri(place.file)}}
     if place.line:
         location["region"] = {"startLine": place.line, **({"startColumn": place.column} if place.column else {})}
     return {

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptconv.names import Template, collapse
+from ckptconv.names import Template, collapse, skeleton
 from ckptconv.plan import Apply, Expr, Fill, Origin, Output, Plan, Read, reads
 from ckptconv.transforms import Cast, Concat, Rearrange, Reshape, Slice
 
 #: Templates that are said one by one; more are said by what changes in them.
 FEW = 3
-_DIGITS = re.compile(r"\d+")
 _VERBS: Mapping[type, str] = {Cast: "cast", Concat: "joined", Rearrange: "rearranged", Reshape: "reshaped", Slice: "split"}
 
 
@@ -49,10 +47,10 @@ def changes(plan: Plan) -> list[Change]:
         elif verb == "renamed":
             # One edit is one line, however many names it touches: all of strip_prefix, say.
             before, after = edit(made_of[0], output.name)
-            detail, key = f"{before!r} to {after!r}", (verb, output.origin, _skeleton(before), _skeleton(after))
+            detail, key = f"{before!r} to {after!r}", (verb, output.origin, skeleton(before), skeleton(after))
         else:
             detail = "" if verb == "tied" else text_of(output.expr)
-            key = (verb, output.origin, detail, _skeleton(output.name), _skeletons(made_of))
+            key = (verb, output.origin, detail, skeleton(output.name), _skeletons(made_of))
         heads.setdefault(key, (verb, detail, output.origin))
         groups.setdefault(key, []).append((output.name, made_of))
     return [_change(*heads[key], members) for key, members in groups.items()] + _dropped(plan)
@@ -95,17 +93,20 @@ def verb_of(output: Output) -> str:
     return _VERBS.get(type(expr.transform), "computed")
 
 
-def text_of(expr: Expr, depth: int = 0) -> str:
-    """The expression as text, its sources as a dot: what is done, not to which tensor."""
+def text_of(expr: Expr, named: Callable[[str], str] = lambda _: "·", *, most: int = 4, deep: int = 4) -> str:
+    """The expression as text, its sources as a dot: what is done, not to which tensor. ``named`` says what a source is called instead.
+
+    More than ``most`` arguments are counted, and more than ``deep`` operations inside each other left out.
+    """
     if isinstance(expr, Read):
-        return "·"
+        return named(expr.name)
     if isinstance(expr, Fill):
         return f"{expr.recipe} {expr.value} {expr.spec}"
     assert isinstance(expr, Apply)
-    if depth > 4:
+    if deep < 0:
         return "…"
-    arguments = [text_of(argument, depth + 1) for argument in expr.arguments[:4]]
-    if len(expr.arguments) > 4:
+    arguments = [text_of(argument, named, most=most, deep=deep - 1) for argument in expr.arguments[:most]]
+    if len(expr.arguments) > most:
         arguments = [arguments[0], f"… {len(expr.arguments)} in all"]
     return expr.transform.describe(*arguments)
 
@@ -117,12 +118,8 @@ def _dropped(plan: Plan) -> list[Change]:
     return [Change("dropped", tuple(collapse(names)), (), len(names), reason, origin) for (origin, reason), names in groups.items()]
 
 
-def _skeleton(name: str) -> str:
-    return _DIGITS.sub("#", name)
-
-
 def _skeletons(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_skeleton(name) for name in names))
+    return tuple(dict.fromkeys(skeleton(name) for name in names))
 
 
 def _flat(groups: Iterable[tuple[str, ...]]) -> list[str]:

@@ -10,6 +10,7 @@ from ckptconv._version import __version__
 from ckptconv.compare import Comparison
 from ckptconv.errors import Problem
 from ckptconv.names import collapse
+from ckptconv.plan import Plan
 from ckptconv.report.changes import Change
 from ckptconv.spec import DType, Manifest
 from ckptconv.verify import Ladder
@@ -32,6 +33,8 @@ class RunReport:
     ladder: Ladder = field(default_factory=Ladder)
     cost: Mapping[str, int] = field(default_factory=dict)  #: copied_nbytes, computed_nbytes, peak_nbytes
     seconds: float = 0.0
+    plan: Plan | None = field(default=None, repr=False)  #: where everything comes from, for views that show it
+    rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, for the lines that origins name
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -112,6 +115,8 @@ class Difference:
     only_right: tuple[str, ...]
     changed: tuple[tuple[str, str, str], ...]  #: name, spec on the left, spec on the right
     ties: tuple[str, ...]
+    a: Manifest = field(repr=False)  #: the left side whole
+    b: Manifest = field(repr=False)
 
     @property
     def equal(self) -> bool:
@@ -132,7 +137,7 @@ def difference(left: str, a: Manifest, right: str, b: Manifest) -> Difference:
     ties += [f"tied in {right} only: {', '.join(sorted(group))}" for group in ties_b - ties_a]
     return Difference(
         left, right, tuple(name for name in a.tensors if name not in b), tuple(name for name in b.tensors if name not in a), changed,
-        tuple(sorted(ties)),
+        tuple(sorted(ties)), a, b,
     )  # fmt: skip
 
 

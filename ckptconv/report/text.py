@@ -19,6 +19,7 @@ from ckptconv.report.model import Candidate, Difference, Inspection, RunReport
 from ckptconv.verify import Ladder
 
 MAX_ROWS = 40
+PADDED = 80  #: names that are longer stand out of their column, rather than widen it for all
 _MARKS: Mapping[str, tuple[str, str]] = {"passed": ("ok", "green"), "failed": ("FAILED", "bold red"), "skipped": ("–", "dim")}
 _SHOWN_LAST = ("unchanged", "dropped")
 
@@ -54,11 +55,11 @@ def print_run(report: RunReport, console: Console, verbose: int = 0) -> None:
     if report.changes and report.command != "verify":
         _print_changes(report.changes, console, verbose)
     for path, kind in list(report.skipped.items())[: None if verbose else 6]:
-        console.print(Text("  left behind: ", "dim").append_text(safe(f"{path} ({kind})")))
+        print_beside(console, Text("  left behind: ", "dim"), safe(f"{path} ({kind})"))
     if not verbose and len(report.skipped) > 6:
         console.print(Text(f"  left behind: and {len(report.skipped) - 6} more entries", "dim"))
     for note in report.notes[: None if verbose else 8]:
-        console.print(Text("  note: ", "yellow").append_text(safe(note, 400)))
+        print_beside(console, Text("  note: ", "yellow"), safe(note, 400))
     if report.comparison is not None and report.command == "plan":
         console.print(
             Text("  fits ", "green")
@@ -69,6 +70,18 @@ def print_run(report: RunReport, console: Console, verbose: int = 0) -> None:
         console.print(Text("  ").append_text(safe(report.allowed, 600)))
     _print_ladder(report.ladder, console)
     console.print(_closing(report))
+
+
+def print_beside(console: Console, head: Text, body: Text) -> None:
+    """``head``, and ``body`` beside it: on a terminal wrapped under itself, in a pipe one whole line."""
+    if console.soft_wrap:
+        console.print(head.append_text(body))
+        return
+    grid = Table.grid()
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(head, body)
+    console.print(grid)
 
 
 def _place(source: Mapping[str, Any]) -> str:
@@ -83,15 +96,14 @@ def _print_changes(changes: Sequence[Change], console: Console, verbose: int) ->
     digits = max(len(f"{change.count:,}") for change in rows)
     for change in rows[: None if verbose else MAX_ROWS]:
         style = {"dropped": "yellow", "unchanged": "dim"}.get(change.verb, "cyan")
-        line = Text.assemble((f"  {change.verb:<{width}}  {change.count:>{digits},}  ", style))
-        line.append_text(safe(_joined(change.sources, verbose), 2000))
+        line = Text().append_text(safe(_joined(change.sources, verbose), 2000))
         if change.outputs and change.verb != "unchanged":
             line.append(" → " if change.sources else "").append_text(safe(_joined(change.outputs, verbose), 2000))
         if change.detail:
             line.append(f"   {printable(change.detail)}", "dim")
         if verbose and change.origin.step:
             line.append(f"   {change.origin}", "dim")
-        console.print(line)
+        print_beside(console, Text(f"  {change.verb:<{width}}  {change.count:>{digits},}  ", style), line)
     if len(rows) > MAX_ROWS and not verbose:
         console.print(Text(f"  and {len(rows) - MAX_ROWS} more changes (-v shows all)", "dim"))
 
@@ -105,11 +117,12 @@ def _joined(templates: Sequence[Template], verbose: int) -> str:
 def _print_ladder(ladder: Ladder, console: Console) -> None:
     for rung in ladder.rungs:
         mark, style = _MARKS[rung.status]
-        console.print(Text.assemble(f"  L{rung.level} ", (f"{mark:<6} ", style), f"{rung.name}: ").append_text(safe(rung.sentence, 400)))
+        head = Text.assemble(f"  L{rung.level} ", (f"{mark:<6} ", style))
+        print_beside(console, head, Text(f"{rung.name}: ").append_text(safe(rung.sentence, 400)))
         for problem in rung.problems[:10]:
             console.print(Text(printable_lines(problem, "     ")))
         for note in rung.notes:
-            console.print(Text("     note: ", "yellow").append_text(safe(note, 1200)))
+            print_beside(console, Text("     note: ", "yellow"), safe(note, 1200))
 
 
 def _closing(report: RunReport) -> Text:
@@ -187,14 +200,27 @@ def _print_candidate(candidate: Candidate, console: Console, *, flat: bool, matc
         rows = [row for row in rows if any(pattern.match(row[0]) is not None for pattern in patterns)]
     if not flat and not patterns:
         rows = candidate.templates()
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for text, spec, nbytes in rows:
-        table.add_row(Text("    ").append_text(safe(text, 1024)), spec, nbytes_text(nbytes))
-    console.print(table)
+    _print_columns([(printable(text, 1024), spec, nbytes_text(nbytes)) for text, spec, nbytes in rows], console)
     for group in manifest.ties:
         console.print(Text("    tied: ", "cyan").append_text(safe(" = ".join(group))))
     for name, kind in [*candidate.unsupported.items(), *candidate.skipped.items()][:12]:
         console.print(Text("    skipped: ", "dim").append_text(safe(f"{name} ({kind})")))
+
+
+def _print_columns(rows: Sequence[tuple[str, str, str]], console: Console) -> None:
+    """Names, specs and sizes under each other. Long names go on below themselves on a terminal, and stay whole in a pipe."""
+    if console.soft_wrap:
+        widths = [min(max((len(row[at]) for row in rows), default=0), PADDED) for at in range(2)]
+        for name, spec, size in rows:
+            console.print(Text(f"    {name:<{widths[0]}}  {spec:<{widths[1]}}  {size}"))
+        return
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for name, spec, size in rows:
+        table.add_row(Text(name), Text(spec), size)
+    console.print(Padding(table, (0, 0, 0, 4)))
 
 
 def _tree(candidate: Candidate) -> Tree:

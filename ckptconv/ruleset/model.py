@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -149,6 +149,7 @@ class RuleFile:
     digest: str  #: sha256 of what the rule means: its data without tests, notes and comments
     builtin: bool = False
     test_places: tuple[str, ...] = ()  #: file:line:column of each of the header's tests
+    text: str = field(default="", repr=False, compare=False)  #: as it was written
 
     @property
     def path(self) -> Path | None:
@@ -159,6 +160,14 @@ class RuleFile:
     def label(self) -> str:
         """``name@revision``, as it is recorded in outputs."""
         return f"{self.header.name}@{self.header.revision}"
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """File -> text, of this rule and of those that it includes: what the lines of origins stand in."""
+        found = {self.file: self.text}
+        for each in self.steps:
+            found.update(each.included.texts if each.included is not None else {})
+        return found
 
 
 def load(path: Path, *, shown: str | None = None, builtin: bool = False, within: tuple[Path, ...] = ()) -> RuleFile:
@@ -198,7 +207,7 @@ def parse(
         meaning = {"rule": meaning, "included": included}
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
     places = tuple(document.where(("tests", at)) for at in range(len(header.tests)))
-    return RuleFile(header, parsed, name, folder, digest, builtin, places)
+    return RuleFile(header, parsed, name, folder, digest, builtin, places, raw.decode("utf-8", "replace"))
 
 
 def _with_included(

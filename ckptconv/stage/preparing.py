@@ -80,6 +80,7 @@ class Prepared:
     comparison: Comparison | None
     allowed: str  #: the sentence on what stays at its initial values
     parity: Parity | None = None
+    rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, of the rules and those that they include
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -163,15 +164,18 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
     elif options.use_rule_target and field_ is not None and field_.model is not None:
         wanted_target = parse_target(field_.model, rules, source.path)
     parity = parity_words(options.parity, wanted_target, options.level)
+    texts = rules.texts if rules is not None else {}
     wanted = comparison = None
     allowed = ""
     if wanted_target is not None:
         wanted = target.manifest_of(wanted_target, timeout=options.timeout)
         comparison = compare(plan.manifest, wanted, allow)
-        if not comparison.fits:
-            raise FitError([problem if problem.where else problem.at(wanted_target.text) for problem in comparison.problems()])
         allowed = explain_missing_initial(comparison, wanted)
-    return Prepared(label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed, parity)
+    prepared = Prepared(label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed, parity, texts)
+    if wanted_target is not None and comparison is not None and not comparison.fits:
+        problems = [problem if problem.where else problem.at(wanted_target.text) for problem in comparison.problems()]
+        raise FitError(problems, about=prepared)
+    return prepared
 
 
 def _matches(patterns: Sequence[Pattern] | None) -> Callable[[str], bool]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,27 +96,27 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
     source = prepared.source
     refuse_overlap(destination, [source.path, *source.files])
     layout, kept, left_out = _laid_out(prepared, shape, options)
-    tell = progress or (lambda _stage, _done, _total: None)
     max_memory = parse_size(options.max_memory) if options.max_memory else None
     with Staging(destination, is_folder=shape.is_folder, force=options.force) as staging, Sources(source.files) as opened:
         folder, files = staging.folder, [staging.path_of(file.name) for file in layout.files]
         metadata = dict(layout.files[0].metadata)
         receipt = fill(prepared.plan, source.placed, opened, _named(layout, files), folder, kept=kept, threads=options.threads,
-                       max_memory=max_memory, progress=_counted(tell, "writing", prepared.plan.manifest.nbytes))  # fmt: skip
+                       max_memory=max_memory, progress=counted(progress, "writing", prepared.plan.manifest.nbytes))  # fmt: skip
         seal_all(_named(layout, files), receipt, metadata, folder)
         if layout.index is not None:
             staging.path_of(layout.index[0]).write_bytes(layout.index[1])
         ladder, source_digest = Ladder(), ""
         if options.level is not None:
             nbytes = source.manifest.nbytes
-            digests = digest_tensors(opened, source.placed, threads=options.threads, progress=_counted(tell, "reading", nbytes))
+            digests = digest_tensors(opened, source.placed, threads=options.threads, progress=counted(progress, "reading", nbytes))
             source_digest = content_digest(source.manifest, digests)
-            ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options), options.level)
+            evidence = _evidence(prepared, shape, folder, files, digests, receipt, options)
+            ladder = climb(replace(evidence, progress=counted(progress, "reading back", layout.nbytes)), options.level)
         opened.check_unchanged()
         if ladder.failed is not None:
             rung = ladder.failed
             problems = ladder.problems or [Problem("CK407", rung.sentence, where=f"L{rung.level} {rung.name}")]
-            raise FitError(problems, ladder.to_json())
+            raise FitError(problems, ladder.to_json(), prepared)
         metadata[OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
         metadata[OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
         seal_all(_named(layout, files), receipt, metadata, folder)
@@ -186,7 +186,10 @@ def _copy_neighbours(prepared: Prepared, staging: Staging) -> None:
             ) from None
 
 
-def _counted(tell: Progress, stage: str, total: int) -> Callable[[int], None]:
+def counted(tell: Progress | None, stage: str, total: int) -> Callable[[int], None] | None:
+    """What a worker calls with every count of bytes that are done; None where nobody watches."""
+    if tell is None:
+        return None
     done = 0
 
     def step(nbytes: int) -> None:
@@ -199,6 +202,4 @@ def _counted(tell: Progress, stage: str, total: int) -> Callable[[int], None]:
 
 def _named(layout: Layout, files: list[Path]) -> list[Any]:
     """The layouts under the names that their files have while they are staged."""
-    from dataclasses import replace
-
     return [replace(file, name=path.name) for file, path in zip(layout.files, files, strict=True)]

@@ -98,6 +98,7 @@ class Evidence:
     parity: ParityRequest | None = None
     timeout: float = 300.0
     threads: int = 2
+    progress: Callable[[int], None] | None = None  #: told of every count of bytes that were read back
 
 
 class _Climb:
@@ -125,7 +126,7 @@ class _Climb:
         self.written = contents.containers[self.evidence.container]
         self.written_files = contents.files
         with Sources(contents.files) as opened:
-            self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads)
+            self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads, progress=evidence.progress)
         if evidence.plan is None:
             return Rung(0, "passed", f"{len(self.written.tensors):,} tensors read back, checksums match")
         problems = _manifest_problems(self.written.manifest, evidence.plan.manifest)

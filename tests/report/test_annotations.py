@@ -2,6 +2,7 @@
 
 import json
 
+import jsonschema
 import pytest
 
 from ckptconv.errors import Problem
@@ -40,6 +41,66 @@ def test_sarif_is_what_its_schema_says():
         "region": {"startLine": 3, "startColumn": 5},
     }
     assert run["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == "CK201"
+
+
+#: What SARIF 2.1.0 (OASIS, 3.13 to 3.30) asks of the parts that are written, in our own words.
+SARIF = {
+    "type": "object", "required": ["version", "runs"],
+    "properties": {"$schema": {"type": "string"}, "version": {"const": "2.1.0"}, "runs": {"type": "array", "items": {
+        "type": "object", "required": ["tool", "results"],
+        "properties": {
+            "columnKind": {"enum": ["utf16CodeUnits", "unicodeCodePoints"]},
+            "tool": {"type": "object", "required": ["driver"], "properties": {"driver": {
+                "type": "object", "required": ["name"], "properties": {"name": {"type": "string", "minLength": 1}, "rules": {
+                    "type": "array", "uniqueItems": True, "items": {
+                        "type": "object", "required": ["id"], "properties": {
+                            "id": {"type": "string"}, "shortDescription": {"type": "object", "required": ["text"]},
+                        },
+                    },
+                }},
+            }}},
+            "results": {"type": "array", "items": {
+                "type": "object", "required": ["message", "ruleId"],
+                "properties": {
+                    "level": {"enum": ["none", "note", "warning", "error"]}, "ruleIndex": {"type": "integer", "minimum": 0},
+                    "message": {"type": "object", "required": ["text"], "properties": {"text": {"type": "string", "minLength": 1}}},
+                    "locations": {"type": "array", "items": {"type": "object", "properties": {"physicalLocation": {
+                        "type": "object", "required": ["artifactLocation"],
+                        "properties": {
+                            "artifactLocation": {"type": "object", "properties": {"uri": {
+                                "type": "string", "pattern": r"^([a-z]+:)?[A-Za-z0-9._~!$&'()*+,;=@/%-]+$",
+                            }}},
+                            "region": {"type": "object", "required": ["startLine"], "properties": {
+                                "startLine": {"type": "integer", "minimum": 1}, "startColumn": {"type": "integer", "minimum": 1},
+                            }},
+                        },
+                    }}}},
+                },
+            }},
+        },
+    }}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [],
+        [("a.yaml", [])],
+        [("my rules/ü:1.yaml", [Problem("CK201", "x", where="my rules/ü:1.yaml:3:5  drop"), Problem("CK102", "y")])],
+        [
+            ("/tmp/in 1.pth", [Problem("CK401", "<b>\u202e\x00", found="f")]),
+            ("b.yaml", [Problem("CK999", "unknown code", where="b.yaml:7")]),
+        ],
+    ],
+    ids=["nothing looked at", "nothing found", "a relative path", "an absolute path"],
+)
+def test_sarif_holds_to_the_standard(found):
+    log = json.loads(json.dumps(sarif(found)))
+    jsonschema.validate(log, SARIF)
+    (run,) = log["runs"]
+    for result in run["results"]:
+        assert run["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
 
 
 def test_check_and_test_annotate(tmp_path, cli):
