@@ -166,12 +166,14 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
         container = "" if source["container"] == "." else f", {source['container']}"
         found.append(("from", f"{source['path']} ({source['format']}{container})"))
         found.append(("", f"{source['tensors']:,} tensors, {source['parameters']:,} parameters, {nbytes_text(source['nbytes'])}"))
+    label = "to" if source else "checkpoint"
     if destination.get("path"):
-        found.append(("to" if source else "checkpoint", str(destination["path"])))
+        found.append((label, str(destination["path"])))
+        label = ""
     if "nbytes" in destination:
         files = len(destination.get("files", ()))
         found.append(
-            ("", f"{destination['tensors']:,} tensors, {nbytes_text(destination['nbytes'])}{f', {files} files' if files > 1 else ''}")
+            (label, f"{destination['tensors']:,} tensors, {nbytes_text(destination['nbytes'])}{f', {files} files' if files > 1 else ''}")
         )
     if report.target:
         found.append(("target", report.target))

@@ -154,10 +154,13 @@ def printable_lines(problem: Problem, indent: str = "") -> str:
 
 
 def print_problems(problems: Iterable[Problem], console: Console) -> None:
-    """Every problem, as an error on the terminal."""
+    """Every problem, as an error on the terminal. What is wrong in one way at one place stands together."""
+    said = ""
     for problem in problems:
         first, *rest = str(problem).split("\n")
-        console.print(Text("error: ", "bold red").append_text(safe(first, 1200)), soft_wrap=True)
+        if first != said:
+            console.print(Text("error: ", "bold red").append_text(safe(first, 1200)), soft_wrap=True)
+        said = first
         for line in rest:
             console.print(Text(printable(line, 1200)), soft_wrap=True)
 
