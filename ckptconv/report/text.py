@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -154,14 +156,12 @@ def printable_lines(problem: Problem, indent: str = "") -> str:
 
 
 def print_problems(problems: Iterable[Problem], console: Console) -> None:
-    """Every problem, as an error on the terminal. What is wrong in one way at one place stands together."""
-    said = ""
-    for problem in problems:
-        first, *rest = str(problem).split("\n")
-        if first != said:
-            console.print(Text("error: ", "bold red").append_text(safe(first, 1200)), soft_wrap=True)
-        said = first
-        for line in rest:
+    """Every problem, as an error on the terminal. What is wrong in one way at one place, with one thing to try, stands together."""
+    for _, alike in groupby(problems, key=lambda problem: (problem.where, problem.code, problem.try_)):
+        members = list(alike)
+        texts = [str(problem if problem is members[-1] else replace(problem, try_="")).split("\n") for problem in members]
+        console.print(Text("error: ", "bold red").append_text(safe(texts[0][0], 1200)), soft_wrap=True)
+        for line in (line for _head, *rest in texts for line in rest):
             console.print(Text(printable(line, 1200)), soft_wrap=True)
 
 
