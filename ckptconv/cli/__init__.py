@@ -178,10 +178,14 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
         raise click.UsageError(f"want {names}, found {len(arguments)} arguments")
     rules = None if plan_file is not None else arguments[0]
     source, destination = arguments[-2:]
-    out = Output(as_json, quiet, verbose, report)
+    out = Output(as_json, quiet, verbose)
     with guarded(out):
         from ckptconv import api
 
+        if report is not None:
+            given = [rules, source, plan_file, options["config"], *(word.partition("=")[2] for word in options["also"])]
+            api.refuse_to_overwrite(report, [word for word in given if word] + ([] if Path(destination).is_dir() else [destination]))
+            out.report_file = report
         settings = {**options, "set": set_, "format": format_}
         if dry_run:
             del settings["verify"]

@@ -181,6 +181,7 @@ def _console(stream: Any) -> Console:
 @contextmanager
 def guarded(out: Output) -> Iterator[None]:
     """Ends a command with the exit code of what went wrong, every problem printed; a traceback only for a fault of our own."""
+    from ckptconv.cli.streams import WordsLost
     from ckptconv.errors import CkptconvError, Refusal, UsageError
 
     try:
@@ -188,6 +189,11 @@ def guarded(out: Output) -> Iterator[None]:
             yield
         except Refusal as refusal:  # of a word of the command itself: a pattern, say
             raise UsageError(refusal.at("")) from None
+    except WordsLost as error:  # there is nowhere left to print JSON to
+        from ckptconv.report.text import print_problems
+
+        print_problems(error.problems, out.errors)
+        raise click.exceptions.Exit(error.exit_code) from None
     except CkptconvError as error:
         try:
             out.failure(error.problems, error.exit_code, error.verification)

@@ -32,16 +32,24 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
-    """``nbytes`` bytes from ``offset``. Raises :class:`~ckptconv.errors.Refusal` (CK302) when the file ends before."""
+def read_up_to(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """``nbytes`` bytes from ``offset``, or as many as there are: a read that comes back short is gone on with, as on any network disk."""
     pieces, wanted = [], nbytes
     while wanted:
         piece = os.pread(descriptor, wanted, offset + nbytes - wanted)
         if not piece:
-            raise Refusal("the file ends early", code="CK302", found=f"{nbytes - wanted:,} of {nbytes:,} bytes at offset {offset:,}")
+            break
         pieces.append(piece)
         wanted -= len(piece)
     return b"".join(pieces)
+
+
+def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """``nbytes`` bytes from ``offset``. Raises :class:`~ckptconv.errors.Refusal` (CK302) when the file ends before."""
+    found = read_up_to(descriptor, nbytes, offset)
+    if len(found) != nbytes:
+        raise Refusal("the file ends early", code="CK302", found=f"{len(found):,} of {nbytes:,} bytes at offset {offset:,}")
+    return found
 
 
 def parse_json(raw: bytes, *, code: str) -> Any:
