@@ -59,15 +59,15 @@ cases: $(READY)
 schema: $(READY)
 	$(BIN)/ckptconv schema > schema/rule-v1.schema.json
 
-# One make rule per checkpoint, so that -j works, unchanged work is skipped, and one bad file does not stop the rest.
+# One job per checkpoint, so that -j works, unchanged work is skipped, and one bad file does not stop the rest. The shell reads IN, OUT and
+# RULES from its environment, where make puts them as they were given.
 convert: $(READY)
-	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(RULES)" || { echo "want IN=folder OUT=folder RULES=rule" >&2; exit 2; }
-	@mkdir -p "$(OUT)"
-	@$(BIN)/python scripts/folder_rules.py "$(IN)" "$(OUT)" "$(RULES)" --command "$(abspath $(BIN))/ckptconv" $(if $(FORMAT),--format $(FORMAT)) \
-	    --arguments="$(ARGS)" > "$(OUT)/.convert.mk"
-	@rm -f "$(OUT)/.failed"; $(MAKE) --no-print-directory --keep-going --file "$(OUT)/.convert.mk" all; code=$$?; \
-	    if [ -s "$(OUT)/.failed" ]; then echo "not converted:"; sort "$(OUT)/.failed" | sed 's/^/  /'; fi; \
-	    rm -f "$(OUT)/.convert.mk" "$(OUT)/.failed"; exit $$code
+	@test -n "$$IN" -a -n "$$OUT" -a -n "$$RULES" || { echo "want IN=folder OUT=folder RULES=rule" >&2; exit 2; }
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && trap 'exit 130' INT && trap 'exit 143' TERM && mkdir -p "$$OUT" && \
+	    $(BIN)/python scripts/folder_rules.py "$$IN" "$$OUT" "$$RULES" --command "$(abspath $(BIN))/ckptconv" --failed "$$work/failed" \
+	    $${FORMAT:+--format "$$FORMAT"} --arguments="$$ARGS" > "$$work/jobs.mk" || exit; \
+	    $(MAKE) --no-print-directory --keep-going --file "$$work/jobs.mk" all; code=$$?; \
+	    if [ -s "$$work/failed" ]; then echo "not converted:"; LC_ALL=C sort "$$work/failed" | sed 's/^/  /'; fi; exit $$code
 
 clean:
 	rm -rf build $(VENV)

@@ -142,7 +142,7 @@ def load(
     comparison = compare(prepared.plan.manifest, wanted, prepared.allow)
     if not comparison.fits:
         raise FitError(comparison.problems())
-    with Sources(prepared.source.files) as opened:
+    with Sources(prepared.source.files, prepared.source.contents.identities) as opened:
         state = evaluate(prepared.plan, LazyTensors(prepared.source.placed, opened))
     result = target.load_into(model, state, allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected)
     if not result.loaded:
@@ -214,7 +214,7 @@ def verify(
         prepared = prepare(made_by, Path(against), chosen)
         wish = prepared.parity
         compared = wish.request(path, written.container.path, prepared.plan, prepared.source, prepared.comparison) if wish else None
-        with Sources(prepared.source.files) as opened:
+        with Sources(prepared.source.files, prepared.source.contents.identities) as opened:
             digests = digest_tensors(opened, prepared.source.placed, threads=chosen.threads)
         evidence = replace(
             bare,

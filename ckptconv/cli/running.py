@@ -137,7 +137,9 @@ class Output:
             return
         from ckptconv.api import write_text
 
-        write_text(self.report_file, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
+        # Once: that a report cannot be written is not tried to be reported in it.
+        path, self.report_file = self.report_file, None
+        write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
 
     def failure(self, problems: Sequence[Problem], exit_code: int, verification: Mapping[str, Any] | None = None) -> None:
         data: dict[str, Any] = {"ckptconv_error": 1, "exit_code": exit_code, "problems": [problem.to_json() for problem in problems]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ckptconv.errors import InputError, Problem, printable
 from ckptconv.execute.descriptors import Descriptors
 from ckptconv.formats.base import Placed
+from ckptconv.formats.strict import Identity, identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +24,16 @@ _ALIGNMENT = 64
 
 
 class Sources:
-    """The files of a checkpoint as a context manager; offsets and sizes are in bytes."""
+    """The files of a checkpoint as a context manager; offsets and sizes are in bytes.
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    ``identities`` are those that the files had before their headers were read: where they differ by now, the offsets mean nothing.
+    """
+
+    def __init__(self, files: Sequence[Path], identities: Mapping[Path, Identity] | None = None) -> None:
         self.files = tuple(files)
         self.descriptors = Descriptors(self._opened)
-        self._identities: dict[int, tuple[int, int, int, int]] = {}
+        known = identities or {}
+        self._identities = {at: known[path] for at, path in enumerate(self.files) if path in known}
 
     def __enter__(self) -> Sources:
         try:
@@ -52,7 +57,7 @@ class Sources:
             if at in self._identities and error.errno == errno.ENOENT:
                 raise _changed(path) from None
             raise _unreadable(path, "opened", error) from None
-        found = _identity(os.fstat(descriptor))
+        found = identity(os.fstat(descriptor))
         if self._identities.setdefault(at, found) != found:
             os.close(descriptor)
             raise _changed(path)
@@ -60,12 +65,12 @@ class Sources:
 
     def check_unchanged(self) -> None:
         """Raises :class:`~ckptconv.errors.InputError` CK311 when a file was written to, cut, or replaced since it was opened."""
-        for at, identity in self._identities.items():
+        for at, known in self._identities.items():
             try:
-                named = _identity(os.stat(self.files[at]))
+                named = identity(os.stat(self.files[at]))
             except OSError:
                 named = None
-            if named != identity:
+            if named != known:
                 raise _changed(self.files[at])
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
@@ -115,10 +120,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
     return _view(tensor.reshape(-1).view(torch.uint8)) if tensor.numel() else memoryview(b"")
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _unreadable(path: Path, what: str, error: OSError) -> InputError:

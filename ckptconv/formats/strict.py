@@ -7,12 +7,13 @@ import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptconv.errors import Refusal, printable
 
+Identity = tuple[int, int, int, int]
 #: More digits than any 64-bit number has. Longer ones become floats: parsing them exactly costs quadratic time.
 _INT_DIGITS = 20
 
@@ -30,6 +31,21 @@ def opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What a file is told by: another one under its name, or a write to it, changes this."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def identities_below(path: Path) -> dict[Path, Identity]:
+    """Those of a checkpoint's files, to be taken before its headers are read: of the file, or of what lies in the folder."""
+    paths = [path, *path.glob("*"), *path.glob("*/*")] if path.is_dir() else [path, *path.parent.glob("*")]
+    found = {}
+    for each in paths:
+        with suppress(OSError):  # a link to nothing, say: the reader will find its words for it
+            found[each] = identity(os.stat(each))
+    return found
 
 
 def read_up_to(descriptor: int, nbytes: int, offset: int) -> bytes:

@@ -105,7 +105,7 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
     nbytes = layout.nbytes + sum(neighbour.stat().st_size for neighbour in beside if neighbour.is_file())
     with (
         Staging(destination, is_folder=shape.is_folder, force=options.force, nbytes=nbytes) as staging,
-        Sources(source.files) as opened,
+        Sources(source.files, source.contents.identities) as opened,
     ):
         folder, files = staging.folder, [staging.path_of(file.name) for file in layout.files]
         metadata = dict(layout.files[0].metadata)

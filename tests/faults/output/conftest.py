@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from faulty import KINDS, Commands, Conversion
+import torch
+from faulty import KINDS, Commands, Conversion, write_source
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,11 @@ def conversion(request, conversions):
     made = conversions[request.param]
     made.reset()
     return made
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a checkpoint file and one of shards."""
+    torch.save({"module.a": torch.arange(6.0), "module.b": torch.ones(2, 3)}, tmp_path / "in.pth")
+    write_source(tmp_path)
+    return tmp_path

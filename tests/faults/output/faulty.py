@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -60,21 +61,23 @@ class Commands:
         self.server.wait(30)
         self.server.stdout.close()
 
-    def run(self, *argv, cwd, fault="", env=None, limits=None, umask=0o022, out=None, user=0, during=None):
-        """``fault`` strikes below ``cwd``; ``during`` is called with the process id while the command runs."""
+    def run(self, *argv, cwd, fault="", env=None, limits=None, umask=0o022, out=None, plain=False, during=None):
+        """``fault`` strikes below ``cwd``; ``plain`` takes root's powers away; ``during`` is called with the process id while it runs."""
         for path in (self.out, self.err, self.log):
             path.write_bytes(b"")
             path.chmod(0o666)
         faults = {"FAULT": fault, "FAULT_ROOT": f"{cwd}/", "FAULT_LOG": str(self.log)}
         job = {
             "argv": [str(word) for word in argv], "cwd": str(cwd), "env": {**faults, **(env or {})}, "limits": limits or {}, "umask": umask,
-            "out": str(out or self.out), "err": str(self.err), "user": user,
+            "out": str(out or self.out), "err": str(self.err), "plain": plain,
         }  # fmt: skip
         print(json.dumps(job), file=self.server.stdin, flush=True)
         child = int(self.server.stdout.readline())
-        if during is not None:
-            during(child)
-        answer = json.loads(self.server.stdout.readline())
+        try:
+            if during is not None:
+                during(child)
+        finally:
+            answer = json.loads(self.server.stdout.readline())
         return Done(answer["code"], self.out.read_text(), self.err.read_text(), answer["maxrss"])
 
     def calls(self):
@@ -85,14 +88,29 @@ class Commands:
         return Counter(name for name, _ in self.calls())
 
 
-def wait_until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.001)
+def while_stopped(deed):
+    """For ``during``: waits until a fault ``kill=19`` has stopped the process, does the deed, and lets it go on."""
+
+    def strike(child):
+        end = time.monotonic() + 60
+        while Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+            assert time.monotonic() < end, "it never stopped"
+            time.sleep(0.001)
+        deed()
+        os.kill(child, signal.SIGCONT)
+
+    return strike
 
 
 # ---------------------------------------------------------------------------------------------------------------- conversions
+
+
+def everything(folder):
+    """All that is below a folder: bytes of files, targets of links, and modes."""
+    return {
+        str(path.relative_to(folder)): (oct(path.lstat().st_mode), os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def contents(path):
