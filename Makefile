@@ -4,13 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
+SECONDS ?= 600
 
-.PHONY: help setup demo test lint format bench cases schema convert clean
+.PHONY: help setup demo test torture lint format bench cases schema convert clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     set up, convert a real DataParallel checkpoint, verify it, show the screen"
 	@echo "make test     set up, run all tests"
+	@echo "make torture  every fault of the output tests, then faults at random [SECONDS=600]"
 	@echo "make lint     style, strict types, import floors, rule files and their lock"
 	@echo "make bench    timings in pairs, as ratios"
 	@echo "make cases    convert reference conversions of other people's making and compare [CASES=folder]"
@@ -33,7 +35,12 @@ demo: $(READY)
 	$(BIN)/ckptconv run dataparallel build/demo/in.pth build/demo/out.pth --target timm:resnet18 --force
 
 test: $(READY)
+	@test "$$CI" != true || scripts/system_packages.sh
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+torture: $(READY)
+	FAULTS=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/faults/output
+	$(BIN)/python tests/faults/output/torture.py --seconds $(SECONDS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
-class Signalled(BaseException):  # noqa: N818  (as KeyboardInterrupt: not an error)
+class Signalled(BaseException):
     """SIGINT, SIGTERM or SIGHUP, as an exception that nobody catches on its way, so that nothing half-written stays behind."""
 
     def __init__(self, number: int) -> None:
@@ -22,11 +23,11 @@ def _raise(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (a si
     raise Signalled(number)
 
 
-def _handle(handler: signal.Handlers | object) -> None:
+def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for name in _SIGNALS:
         # Who starts us with a signal ignored (nohup) wants it ignored.
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), handler)  # type: ignore[arg-type]
+            signal.signal(getattr(signal, name), handler)
 
 
 def main() -> None:

@@ -66,7 +66,9 @@ def main() -> int:
     parser.add_argument("destination", type=Path)
     parser.add_argument("rules")
     parser.add_argument("--command", required=True)
-    parser.add_argument("--failed", type=Path, required=True, metavar="FILE", help="gets a line for every checkpoint that was not converted")
+    parser.add_argument(
+        "--failed", type=Path, required=True, metavar="FILE", help="gets a line for every checkpoint that was not converted"
+    )
     parser.add_argument("--format", choices=sorted(SUFFIX))
     parser.add_argument("--arguments", default="", help="more options for every run, quoted as in a shell")
     given = parser.parse_args()

@@ -15,7 +15,7 @@ from typing import TextIO
 from ckptconv.errors import OutputError, Problem
 
 
-class WordsLost(OutputError):
+class WordsLost(OutputError):  # noqa: N818  (a kind of OutputError, which has the suffix)
     """Standard output cannot be written. What was done is done; only nobody can read of it."""
 
 

@@ -189,7 +189,12 @@ def test_a_folder_that_cannot_be_listed_can_be_written_into(tmp_path, monkeypatc
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_what_a_name_promises_to_nobody_is_left_alone(tmp_path, is_folder):
     """Names that only look like a staging's: a link that someone planted, a pipe that would hang its reader, a longer name's staging."""
-    names = [".out.ckptconv-1-aaaaaaaa.partial", ".out.ckptconv-2-aaaaaaaa.partial", ".out.ckptconv-x.partial", ".out2.ckptconv-1-aaaaaaaa.partial"]
+    names = [
+        ".out.ckptconv-1-aaaaaaaa.partial",
+        ".out.ckptconv-2-aaaaaaaa.partial",
+        ".out.ckptconv-x.partial",
+        ".out2.ckptconv-1-aaaaaaaa.partial",
+    ]
     (tmp_path / "precious").mkdir()
     (tmp_path / names[0]).symlink_to(tmp_path / "precious")
     os.mkfifo(tmp_path / names[1])

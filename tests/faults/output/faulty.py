@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 SIGNALS = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
+INTERRUPTED = "interrupted: the output is whole, or as it was before\n"
 
 
 def required(tool, package):
@@ -108,7 +109,10 @@ def while_stopped(deed):
 def everything(folder):
     """All that is below a folder: bytes of files, targets of links, and modes."""
     return {
-        str(path.relative_to(folder)): (oct(path.lstat().st_mode), os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes())
+        str(path.relative_to(folder)): (
+            oct(path.lstat().st_mode),
+            os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes(),
+        )
         for path in sorted(folder.rglob("*"))
     }
 
@@ -153,7 +157,9 @@ class Conversion:
             assert commands.run(*self._older(), cwd=self.folder).code == 0
             self.old = contents(self.output)
             assert self.old != self.new
-            shutil.copytree(self.output, self.folder / "kept") if self.output.is_dir() else shutil.copyfile(self.output, self.folder / "kept")
+            shutil.copytree(self.output, self.folder / "kept") if self.output.is_dir() else shutil.copyfile(
+                self.output, self.folder / "kept"
+            )
             assert self.run().code == 0
             assert contents(self.output) == self.new
             self.calls = commands.calls()
@@ -196,7 +202,6 @@ class Conversion:
         assert (done.code, done.err) == (0, ""), done.err
         assert self.state() == "new"
         assert self.left() == []
-
 
     def moments(self, step):
         """The numbers of the calls to strike at: every one in a long run; else all but the writes, and of these every ``step``-th."""

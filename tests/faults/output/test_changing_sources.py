@@ -41,10 +41,14 @@ def remove(path):
 @pytest.mark.parametrize("moment", ["create:1", "write:1", "write:2"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_source_that_changes(place, commands, deed, moment, kind):
-    argv, changed = (["in.pth", "out.pth"], place / "in.pth") if kind == "file" else (["in", "out"], place / "in/model-00001-of-00002.safetensors")
+    argv, changed = (
+        (["in.pth", "out.pth"], place / "in.pth") if kind == "file" else (["in", "out"], place / "in/model-00001-of-00002.safetensors")
+    )
     (place / argv[1]).mkdir() if kind == "folder" else (place / argv[1]).write_bytes(b"old")
     before = contents(place / argv[1])
-    done = commands.run("run", "dataparallel", *argv, "--force", cwd=place, fault=f"{moment}:kill=19", during=while_stopped(lambda: deed(changed)))
+    done = commands.run(
+        "run", "dataparallel", *argv, "--force", cwd=place, fault=f"{moment}:kill=19", during=while_stopped(lambda: deed(changed))
+    )
     shown = changed.relative_to(place)
     if done.err.startswith(f"error: {shown}  [CK310]"):
         assert deed is remove
@@ -69,7 +73,9 @@ def test_a_source_that_hides_that_it_changed(place, commands, moment):
             stream.write(b"\1\2\3\4")
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    done = commands.run("run", "dataparallel", "in.pth", "out.pth", cwd=place, fault=f"{moment}:kill=19", during=while_stopped(rewrite_quietly))
+    done = commands.run(
+        "run", "dataparallel", "in.pth", "out.pth", cwd=place, fault=f"{moment}:kill=19", during=while_stopped(rewrite_quietly)
+    )
     assert done.code == 3
     assert done.err.startswith("error: in.pth  [CK312]\n  module.a: the checksum that the file records does not match its bytes\n")
     assert sorted(each.name for each in place.iterdir()) == ["in", "in.pth"]

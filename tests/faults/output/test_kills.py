@@ -5,11 +5,11 @@ import random
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
-from faulty import LONG, SIGNALS
+from faulty import INTERRUPTED, LONG, SIGNALS
 
-INTERRUPTED = "interrupted: the output is whole, or as it was before\n"
 
 
 def test_killed_at_a_call(conversion):
@@ -87,3 +87,24 @@ def test_ended_at_random_moments(conversion):
             assert state == "new" or done.code != 0
         ends.append((done.code, state))
     assert any(code for code, _ in ends), "it was always too late"
+
+
+def test_a_signal_while_the_target_is_built(place, commands):
+    """The process that runs the user's code ends with the run."""
+    (place / "slow.py").write_text(
+        "import os, time\nfrom pathlib import Path\nPath('pid').write_text(str(os.getpid()))\nos.rename('pid', 'started')\ntime.sleep(300)\n"
+    )
+
+    def strike(child):
+        end = time.monotonic() + 60
+        while not (place / "started").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(child, signal.SIGTERM)
+
+    done = commands.run("run", "dataparallel", "in.pth", "out.pth", "--target", "py:slow:model", cwd=place, during=strike)
+    assert (done.code, done.err) == (143, INTERRUPTED)
+    builder = int((place / "started").read_text())
+    with suppress(FileNotFoundError):
+        assert Path(f"/proc/{builder}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z", "nobody waits for what init has not reaped"
+    assert not (place / "out.pth").exists()

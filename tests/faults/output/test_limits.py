@@ -35,7 +35,10 @@ def test_the_planned_size_is_compared_with_the_room(small_disk, tmp_path, comman
     where, *rest = done.err.splitlines()
     assert (done.code, where) == (5, f"error: {small_disk / name}  [CK503]")
     assert rest[0] == "  the output cannot be written: no space left on the disk"
-    needed, free = (int(word.replace(",", "")) for word in rest[1].removeprefix("  found: ").replace(" bytes to write", "").replace(" free", "").split(", "))
+    needed, free = (
+        int(word.replace(",", ""))
+        for word in rest[1].removeprefix("  found: ").replace(" bytes to write", "").replace(" free", "").split(", ")
+    )
     room = os.statvfs(small_disk)
     assert 5 * MB <= needed <= 5 * MB + 20_000
     assert free == room.f_frsize * room.f_bfree
@@ -83,7 +86,9 @@ def test_a_checkpoint_larger_than_memory(tmp_path, commands):
     """Copied through small buffers. A long run takes 8 GiB with 2 GiB of address space."""
     size, allowed = (8 << 30, 2 << 30) if LONG else (640 * MB, 512 * MB)
     sparse_checkpoint(tmp_path / "in.safetensors", size)
-    done = commands.run("run", "dataparallel", "in.safetensors", "out.safetensors", "--no-sync", cwd=tmp_path, limits={"RLIMIT_AS": allowed})
+    done = commands.run(
+        "run", "dataparallel", "in.safetensors", "out.safetensors", "--no-sync", cwd=tmp_path, limits={"RLIMIT_AS": allowed}
+    )
     assert (done.code, done.err) == (0, "")
     assert (tmp_path / "out.safetensors").stat().st_size > size
     assert done.maxrss < 150 * MB
@@ -92,7 +97,9 @@ def test_a_checkpoint_larger_than_memory(tmp_path, commands):
 def test_a_tensor_that_is_computed_and_too_large_for_memory(tmp_path, commands):
     """What it needs is said; what was there stays."""
     sparse_checkpoint(tmp_path / "in.safetensors", 6 << 30)
-    (tmp_path / "half.yaml").write_text("version: 1\nname: half\nsummary: s\nsteps:\n  - strip_prefix: module.\n  - cast: {keys: '**', dtype: float16}\n")
+    (tmp_path / "half.yaml").write_text(
+        "version: 1\nname: half\nsummary: s\nsteps:\n  - strip_prefix: module.\n  - cast: {keys: '**', dtype: float16}\n"
+    )
     (tmp_path / "out.safetensors").write_bytes(b"old")
     argv = ["run", "half.yaml", "in.safetensors", "out.safetensors", "--force"]
     done = commands.run(*argv, cwd=tmp_path, limits={"RLIMIT_AS": 6 << 30})

@@ -36,7 +36,13 @@ def test_five_hundred_conversions_in_one_process(place):
 
     def convert(times):
         for at in range(times):
-            source, out = [("in.pth", "out.pth"), ("in", "out"), ("in.pth", "out.safetensors"), ("bad.pth", "bad-out.pth"), ("in.pth", "computed.pth")][at % 5]
+            source, out = [
+                ("in.pth", "out.pth"),
+                ("in", "out"),
+                ("in.pth", "out.safetensors"),
+                ("bad.pth", "bad-out.pth"),
+                ("in.pth", "computed.pth"),
+            ][at % 5]
             try:
                 ckptconv.run(rules if out == "computed.pth" else "dataparallel", place / source, place / out, force=True, sync=False)
             except ckptconv.InputError:
@@ -58,7 +64,18 @@ def make_convert(zoo, out, *options):
         (tools / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (tools / "bin" / name).chmod(0o755)
     (tools / ".ready").touch()
-    command = ["make", "--no-print-directory", "-j2", "convert", f"IN={zoo}", f"OUT={out}", "RULES=dataparallel", f"VENV={tools}", "ARGS=--no-sync", *options]
+    command = [
+        "make",
+        "--no-print-directory",
+        "-j2",
+        "convert",
+        f"IN={zoo}",
+        f"OUT={out}",
+        "RULES=dataparallel",
+        f"VENV={tools}",
+        "ARGS=--no-sync",
+        *options,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
@@ -119,4 +136,6 @@ def test_what_make_convert_refuses(tmp_path, names, out, message):
     done = make_convert(zoo, tmp_path / out, "FORMAT=safetensors")
     assert done.returncode != 0
     assert message.replace("{at}", str(tmp_path)) in done.stderr.splitlines()
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and "venv" not in path.parts] == [path.name for path in zoo.iterdir() if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and "venv" not in path.parts] == [
+        path.name for path in zoo.iterdir() if path.is_file()
+    ]

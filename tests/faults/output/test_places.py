@@ -184,11 +184,14 @@ def test_a_link_that_appears_meanwhile_is_not_followed(place, commands):
     """The name is taken from the link; what it leads to is not touched."""
     (place / "precious").write_bytes(b"precious")
     (place / "out.pth").write_bytes(b"old")
+
     def swap():
         (place / "out.pth").unlink()
         (place / "out.pth").symlink_to("precious")
 
-    done = commands.run("run", "dataparallel", "in.pth", "out.pth", "--force", cwd=place, fault="write:1:kill=19", during=while_stopped(swap))
+    done = commands.run(
+        "run", "dataparallel", "in.pth", "out.pth", "--force", cwd=place, fault="write:1:kill=19", during=while_stopped(swap)
+    )
     assert done.code == 0
     assert (place / "precious").read_bytes() == b"precious"
     assert not (place / "out.pth").is_symlink()

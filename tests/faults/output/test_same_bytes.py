@@ -20,7 +20,9 @@ def test_places_threads_and_a_clock_that_jumps(place, commands, argv):
     for at, threads, clock in itertools.product(range(2), (1, 8), ("0", "400000000")):
         env = {**next(PLACES), "FAULT_CLOCK": clock}
         more = ["--shard-size", "20kB"] if argv[1] == "out" else []
-        done = commands.run("run", "dataparallel", *argv, *more, "--force", "--threads", threads, "--no-sync", cwd=place, env=env, umask=0o077 * at)
+        done = commands.run(
+            "run", "dataparallel", *argv, *more, "--force", "--threads", threads, "--no-sync", cwd=place, env=env, umask=0o077 * at
+        )
         assert (done.code, done.err) == (0, "")
         first = first or contents(place / argv[1])
         assert contents(place / argv[1]) == first

@@ -14,7 +14,18 @@ CHANGING = "openat,open,creat,mkdir,mkdirat,rmdir,unlink,unlinkat,link,linkat,sy
     "chown,fchown,fchownat,truncate,ftruncate,fallocate,write,pwrite64,writev,pwritev,pwritev2,copy_file_range,sendfile,splice,fsync,fdatasync," \
     "sync_file_range,syncfs,setxattr,utimensat,mknod,mknodat"  # fmt: skip
 #: How the library of faults calls them.
-ALIKE = {"openat": "create", "open": "create", "pwrite64": "write", "sendfile": "write", "copy_file_range": "write", "unlinkat": "unlink", "rmdir": "unlink", "fchmod": "chmod", "fchmodat": "chmod", "mkdirat": "mkdir"}
+ALIKE = {
+    "openat": "create",
+    "open": "create",
+    "pwrite64": "write",
+    "sendfile": "write",
+    "copy_file_range": "write",
+    "unlinkat": "unlink",
+    "rmdir": "unlink",
+    "fchmod": "chmod",
+    "fchmodat": "chmod",
+    "mkdirat": "mkdir",
+}
 
 
 @pytest.fixture
@@ -23,7 +34,23 @@ def strace(place):
 
     def run(*argv, inject=(), env=None):
         faults = [word for fault in inject for word in ("-e", f"inject={fault}")]
-        command = [program, "-f", "-y", "-qq", "-s", "0", "-o", place / "trace", "-e", f"trace={CHANGING}", *faults, sys.executable, "-m", "ckptconv", *argv]
+        command = [
+            program,
+            "-f",
+            "-y",
+            "-qq",
+            "-s",
+            "0",
+            "-o",
+            place / "trace",
+            "-e",
+            f"trace={CHANGING}",
+            *faults,
+            sys.executable,
+            "-m",
+            "ckptconv",
+            *argv,
+        ]
         return subprocess.run(command, cwd=place, capture_output=True, text=True, env={**os.environ, "COLUMNS": "160", **(env or {})})
 
     return run
@@ -70,7 +97,9 @@ def test_what_is_renamed_is_on_the_disk_and_the_folder_after_it(place, strace, a
     staged = {path for name, path in calls[:renamed] if name in ("write", "ftruncate")}
     assert len(staged) == (1 if out.is_file() else len(list(out.iterdir())))
     for path in staged:
-        last_change = max(at for at, call in enumerate(calls) if call[1] == path and call[0] in ("create", "write", "ftruncate", "fallocate", "chmod"))
+        last_change = max(
+            at for at, call in enumerate(calls) if call[1] == path and call[0] in ("create", "write", "ftruncate", "fallocate", "chmod")
+        )
         synced = [at for at, call in enumerate(calls) if call == ("fsync", path)]
         assert synced, f"{path} is never synced"
         assert last_change < synced[-1] < renamed
@@ -98,7 +127,9 @@ def test_the_library_of_faults_sees_every_call_that_the_kernel_sees(place, strac
     assert sorted(call for call in seen) == sorted(kernel)
 
 
-@pytest.mark.parametrize("fault", ["pwrite64:error=ENOSPC:when=1", "pwrite64:error=ENOSPC:when=3+", "fsync:error=EIO:when=1", "fallocate:error=ENOSPC:when=1"])
+@pytest.mark.parametrize(
+    "fault", ["pwrite64:error=ENOSPC:when=1", "pwrite64:error=ENOSPC:when=3+", "fsync:error=EIO:when=1", "fallocate:error=ENOSPC:when=1"]
+)
 def test_an_error_of_the_kernel(place, strace, fault):
     (place / "out.pth").write_bytes(b"old")
     done = strace("run", "dataparallel", "in.pth", "out.pth", "--force", inject=[fault])
@@ -109,7 +140,9 @@ def test_an_error_of_the_kernel(place, strace, fault):
     assert sorted(path.name for path in place.iterdir()) == ["in", "in.pth", "out.pth", "trace"]
 
 
-@pytest.mark.parametrize("fault", ["rename:signal=KILL:when=1", "fsync:signal=KILL:when=1", "fsync:signal=KILL:when=2", "pwrite64:signal=KILL:when=2"])
+@pytest.mark.parametrize(
+    "fault", ["rename:signal=KILL:when=1", "fsync:signal=KILL:when=1", "fsync:signal=KILL:when=2", "pwrite64:signal=KILL:when=2"]
+)
 def test_a_kill_from_the_kernel(place, strace, commands, fault):
     (place / "out.pth").write_bytes(b"old")
     done = strace("run", "dataparallel", "in.pth", "out.pth", "--force", inject=[fault])

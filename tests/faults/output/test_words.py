@@ -15,7 +15,9 @@ RUN = ["run", "dataparallel", "in.pth", "out.pth"]
 def shell(place, words, redirect):
     """The command as a shell runs it, and its own exit code whatever the pipe says."""
     line = f'"{sys.executable}" -m ckptconv {words} {redirect}; exit ${{PIPESTATUS[0]}}'
-    return subprocess.run(["bash", "-c", line], cwd=place, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1", "COLUMNS": "160"})
+    return subprocess.run(
+        ["bash", "-c", line], cwd=place, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1", "COLUMNS": "160"}
+    )
 
 
 @pytest.mark.parametrize("json_", [[], ["--json"]], ids=["text", "json"])
@@ -34,7 +36,8 @@ def test_a_full_disk_for_the_words_of_a_failure(place, commands):
 
 
 @pytest.mark.parametrize(
-    ("argv", "code"), [(RUN, 0), (["inspect", "in.pth"], 0), (["diff", "in.pth", "in"], 1), (["inspect", "nothing.pth", "--json"], 3), (["--help"], 0)]
+    ("argv", "code"),
+    [(RUN, 0), (["inspect", "in.pth"], 0), (["diff", "in.pth", "in"], 1), (["inspect", "nothing.pth", "--json"], 3), (["--help"], 0)],
 )
 def test_a_reader_who_left(place, commands, argv, code):
     """The rest goes nowhere; the code is that of the work."""
