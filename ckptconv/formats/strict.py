@@ -39,10 +39,10 @@ def identity(status: os.stat_result) -> Identity:
 
 
 def identities_below(path: Path) -> dict[Path, Identity]:
-    """Those of a checkpoint's files, to be taken before its headers are read: of the file, or of what lies in the folder."""
-    paths = [path, *path.glob("*"), *path.glob("*/*")] if path.is_dir() else [path, *path.parent.glob("*")]
+    """Those of a checkpoint's files, to be taken before its headers are read: of the file, what lies in the folder, what lies by the index."""
+    folder = path if path.is_dir() else path.parent if path.suffix == ".json" else None
     found = {}
-    for each in paths:
+    for each in [path] if folder is None else [*folder.glob("*"), *folder.glob("*/*")]:
         with suppress(OSError):  # a link to nothing, say: the reader will find its words for it
             found[each] = identity(os.stat(each))
     return found
