@@ -469,8 +469,9 @@ def refuse_to_overwrite(path: Path, others: Iterable[str | Path]) -> None:
     """Raises :class:`~ckptconv.errors.UsageError` CK502 where ``path`` is one of the other files that a command is given, by any name,
     or a file that is there in one of the folders."""
     for other in map(Path, others):
-        same = os.path.samefile(path, other) if path.exists() and other.exists() else os.path.abspath(path) == os.path.abspath(other)
-        inside = other.is_dir() and path.exists() and Path(os.path.realpath(other)) in Path(os.path.realpath(path)).parents
+        there = os.path.exists(path) and os.path.exists(other)
+        same = os.path.samefile(path, other) if there else os.path.abspath(path) == os.path.abspath(other)
+        inside = there and os.path.isdir(other) and Path(os.path.realpath(other)) in Path(os.path.realpath(path)).parents
         if same or inside:
             raise UsageError(
                 Problem("CK502", f"this would overwrite {'a file of ' if inside else ''}{printable(other)}, which the command is given",

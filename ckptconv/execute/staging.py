@@ -39,14 +39,14 @@ def refuse_overlap(destination: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         where = printable(destination)
         with suppress(OSError):
-            if destination.exists() and os.path.samefile(destination, source):
+            if os.path.exists(destination) and os.path.samefile(destination, source):
                 raise UsageError(
                     Problem("CK502", "the output is the source", where=where, try_="another name; sources are never overwritten")
                 )
         real, real_source = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
         if source.is_dir() and real_source in real.parents:
             raise UsageError(Problem("CK502", "the output lies inside the source folder", where=where, try_="a place outside of it"))
-        if real in real_source.parents and destination.exists():
+        if real in real_source.parents and os.path.exists(destination):
             raise UsageError(Problem("CK502", "the source lies inside the output folder", where=where, try_="another folder"))
 
 

@@ -58,13 +58,14 @@ def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
     """File or folder, torch or safetensors: from the options, the destination's name, or the source, in this order."""
     suffix_format = FORMAT_OF_SUFFIX.get(destination.suffix)
     # A folder's name may have dots in it (llama-3.1-8b); a file's suffix that says nothing is rather a slip.
-    nameless = suffix_format is None and bool(destination.suffix) and not destination.is_dir() and not prepared.source.path.is_dir()
+    there = os.path.isdir(destination)  # unlike Path.is_dir, it has an answer for a name that is too long
+    nameless = suffix_format is None and bool(destination.suffix) and not there and not prepared.source.path.is_dir()
     if nameless and options.format is None:
         raise UsageError(
             Problem("CK107", f"{printable(destination.suffix)} says no format", where=printable(destination),
                     try_="--format torch or safetensors for a file of this name, or a folder that is there")
         )  # fmt: skip
-    is_folder = destination.is_dir() or (suffix_format is None and not nameless)
+    is_folder = there or (suffix_format is None and not nameless)
     if options.format is not None and options.format not in formats.WRITERS:
         raise UsageError(Problem("CK107", f"there is no output format {printable(options.format)!r}", try_=", ".join(formats.WRITERS)))
     if options.shard_size is not None and not is_folder:
@@ -184,9 +185,13 @@ def _evidence(
 
 def _refuse_more_than_a_checkpoint(destination: Path) -> None:
     """``--force`` takes a folder's old contents away as a whole. It must not take away what no conversion wrote."""
-    if not destination.is_dir() or destination.is_symlink():
+    if not os.path.isdir(destination) or destination.is_symlink():
         return
-    entries = list(os.scandir(destination))
+    try:
+        entries = list(os.scandir(destination))
+    except OSError as error:
+        what = f"the folder cannot be looked into, and --force would take all of it away: {error.strerror}"
+        raise OutputError(Problem("CK503", what, where=printable(destination), try_="a new folder")) from None
     other = not_written_here([each.name for each in entries if each.is_dir()], [each.name for each in entries if not each.is_dir()])
     if other:
         raise OutputError(

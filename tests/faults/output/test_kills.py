@@ -11,7 +11,6 @@ import pytest
 from faulty import INTERRUPTED, LONG, SIGNALS
 
 
-
 def test_killed_at_a_call(conversion):
     """SIGKILL before every call that changes a file, one run for each."""
     states = []

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from faulty import contents, everything, while_stopped
 
+from ckptconv.errors import printable
+
 
 def link(name, to):
     return lambda at: (at / name).symlink_to(at / to if to.startswith("in") else to)
@@ -49,18 +51,23 @@ MORE = "[CK503]\n  the folder holds more than one converted checkpoint, and --fo
         (model_folder("out", "other/notes.txt"), ["in", "out", "--force"], MORE.format("other")),
         (model_folder("out", "resnet50.pth"), ["in", "out", "--force"], MORE.format("resnet50.pth")),
         (lambda at: (at / "docs").mkdir() or (at / "docs" / "thesis.tex").touch(), ["in", "docs", "--force"], MORE.format("thesis.tex")),
+        (
+            lambda at: None,
+            ["in.pth", "o" * 300 + ".pth", "--force"],
+            "[CK503]\n  the output cannot be written: File name too long\n  try: a shorter name\n",
+        ),
         (lambda at: None, ["in.pth", "no/out.pth"], "[CK503]\n  the folder {at}/no does not exist\n  try: mkdir -p {at}/no\n"),
         (lambda at: None, ["in.pth", "in.pth/out.pth"], "[CK503]\n  the folder {at}/in.pth does not exist\n  try: mkdir -p {at}/in.pth\n"),
     ],
     ids=["file", "folder", "dangling", "dangling-force", "link", "link-to-folder", "pipe", "file-for-folder", "folder-for-file",
-         "subfolder", "other-weights", "no-model", "no-folder", "file-as-folder"],
+         "subfolder", "other-weights", "no-model", "long-name", "no-folder", "file-as-folder"],
 )  # fmt: skip
 def test_what_is_there_stays(place, commands, make, argv, message):
     """Row 119: exit 5, and every byte, link and mode as it was."""
     make(place)
     before = everything(place)
     done = commands.run("run", "dataparallel", *argv, cwd=place)
-    where = argv[1] if message.startswith("[CK503]\n  the folder holds") else place / argv[1]
+    where = argv[1] if message.startswith("[CK503]\n  the folder holds") else printable(place / argv[1])
     assert (done.code, done.err) == (5, f"error: {where}  {message.replace('{at}', str(place))}")
     assert everything(place) == before
 
@@ -161,6 +168,13 @@ def test_a_folder_that_may_not_be_written_into(place, commands, argv):
     message = f"error: {closed / argv[1]}  [CK503]\n  the output cannot be written: Permission denied\n  try: write where you may\n"
     assert (done.code, done.err) == (5, message)
     assert list(closed.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_looked_into_is_not_taken_away(place, commands):
+    (place / "out").mkdir(0o300)
+    done = commands.run("run", "dataparallel", "in", "out", "--force", cwd=place, plain=True)
+    message = "the folder cannot be looked into, and --force would take all of it away: Permission denied"
+    assert (done.code, done.err) == (5, f"error: out  [CK503]\n  {message}\n  try: a new folder\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to someone else")

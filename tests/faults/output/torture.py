@@ -22,7 +22,22 @@ from faulty import INTERRUPTED, KINDS, SIGNALS, Commands, Conversion
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EXDEV, errno.ESTALE, errno.EINVAL,
           errno.ENOSYS, errno.EOPNOTSUPP, errno.EINTR, errno.EMFILE, errno.ENOMEM)  # fmt: skip
-CALLS = ("write", "fsync", "rename", "renameat2", "link", "create", "mkdir", "ftruncate", "fallocate", "chmod", "unlink", "flock", "pread", "*")
+CALLS = (
+    "write",
+    "fsync",
+    "rename",
+    "renameat2",
+    "link",
+    "create",
+    "mkdir",
+    "ftruncate",
+    "fallocate",
+    "chmod",
+    "unlink",
+    "flock",
+    "pread",
+    "*",
+)
 
 
 def some_fault(chance, conversion):
