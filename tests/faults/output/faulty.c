@@ -88,7 +88,7 @@ static verdict judge(const char *name, const char *path) {
     int reading = !strcmp(name, "pread") || !strcmp(name, "flock"); /* they change nothing: only faults by their own name hit them */
     int nth = count_of(name), any = reading ? -1 : __sync_add_and_fetch(&counted_all, 1);
     char copy[1024], *rest = copy;
-    const char *result = "go";
+    char result[64] = "go";
     snprintf(copy, sizeof copy, "%s", faults ? faults : "");
     for (char *fault; (fault = strsep(&rest, ";"));) {
         char call[64], what[64];
@@ -97,9 +97,10 @@ static verdict judge(const char *name, const char *path) {
         int now = !strcmp(call, "*") ? any : !strcmp(call, name) ? nth : -1;
         int lasting = what[strlen(what) - 1] == '+';
         if (now != at && !(lasting && now > at)) continue;
-        if (!strncmp(what, "error=", 6)) found.deed = FAIL, saved = atoi(what + 6), result = what;
-        if (!strncmp(what, "after=", 6)) found.after = atoi(what + 6), result = what;
-        if (!strcmp(what, "short")) found.deed = HALF, result = what;
+        if (!strncmp(what, "error=", 6)) found.deed = FAIL, saved = atoi(what + 6);
+        if (!strncmp(what, "after=", 6)) found.after = atoi(what + 6);
+        if (!strcmp(what, "short")) found.deed = HALF;
+        strcpy(result, what);
         if (!strncmp(what, "kill=", 5)) {
             note(name, path, what);
             kill(getpid(), atoi(what + 5));

@@ -45,10 +45,11 @@ def some_fault(chance, conversion):
     call = chance.choice(CALLS)
     names = [name for name, _ in conversion.calls]
     at = chance.randint(1, {"*": len(names), "pread": 60, "flock": 3}.get(call, names.count(call) + 1))
-    lasting = chance.choice(["", "", "+"])
+    number = chance.choice(ERRORS)
+    lasting = "" if number == errno.EINTR else chance.choice(["", "", "+"])  # a call that is interrupted every time is tried for ever
     return f"{call}:{at}:" + chance.choice([
         "kill=9", "after=9", f"kill={chance.choice([1, 2, 15])}", f"after={chance.choice([1, 2, 15])}", "short",
-        *[f"error={chance.choice(ERRORS)}{lasting}"] * 4,
+        *[f"error={number}{lasting}"] * 4,
     ])  # fmt: skip
 
 
