@@ -4,13 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
+SECONDS ?= 600
 
-.PHONY: help setup demo test browser lint format bench cases schema convert clean
+.PHONY: help setup demo test torture lint format bench cases schema convert clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     set up, convert a real DataParallel checkpoint, verify it, show the screen"
 	@echo "make test     set up, run all tests"
+	@echo "make torture  every fault of the output tests, then faults at random [SECONDS=600]"
 	@echo "make lint     style, strict types, import floors, rule files and their lock"
 	@echo "make bench    timings in pairs, as ratios"
 	@echo "make cases    convert reference conversions of other people's making and compare [CASES=folder]"
@@ -32,14 +34,14 @@ demo: $(READY)
 	$(BIN)/ckptconv inspect build/demo/in.pth
 	$(BIN)/ckptconv run dataparallel build/demo/in.pth build/demo/out.pth --target timm:resnet18 --force
 
-# The tests of HTML reports look at them in a real browser. Without one they are skipped, and say so; under CI=true they fail.
-browser:
-	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } || \
-	    echo "chromium is not installed: the tests that need a browser will be skipped"
-
-test: $(READY) browser
+# Without a browser, a tracer and a compiler some tests are skipped, and say so; under CI=true they fail.
+test: $(READY)
+	@test "$$CI" != true || scripts/system_packages.sh
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+torture: $(READY)
+	FAULTS=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/faults/output
+	$(BIN)/python tests/faults/output/torture.py --seconds $(SECONDS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -65,15 +67,15 @@ cases: $(READY)
 schema: $(READY)
 	$(BIN)/ckptconv schema > schema/rule-v1.schema.json
 
-# One make rule per checkpoint, so that -j works, unchanged work is skipped, and one bad file does not stop the rest.
+# One job per checkpoint, so that -j works, unchanged work is skipped, and one bad file does not stop the rest. The shell reads IN, OUT and
+# RULES from its environment, where make puts them as they were given.
 convert: $(READY)
-	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(RULES)" || { echo "want IN=folder OUT=folder RULES=rule" >&2; exit 2; }
-	@mkdir -p "$(OUT)"
-	@$(BIN)/python scripts/folder_rules.py "$(IN)" "$(OUT)" "$(RULES)" --command "$(abspath $(BIN))/ckptconv" $(if $(FORMAT),--format $(FORMAT)) \
-	    --arguments="$(ARGS)" > "$(OUT)/.convert.mk"
-	@rm -f "$(OUT)/.failed"; $(MAKE) --no-print-directory --keep-going --file "$(OUT)/.convert.mk" all; code=$$?; \
-	    if [ -s "$(OUT)/.failed" ]; then echo "not converted:"; sort "$(OUT)/.failed" | sed 's/^/  /'; fi; \
-	    rm -f "$(OUT)/.convert.mk" "$(OUT)/.failed"; exit $$code
+	@test -n "$$IN" -a -n "$$OUT" -a -n "$$RULES" || { echo "want IN=folder OUT=folder RULES=rule" >&2; exit 2; }
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && trap 'exit 130' INT && trap 'exit 143' TERM && mkdir -p "$$OUT" && \
+	    $(BIN)/python scripts/folder_rules.py "$$IN" "$$OUT" "$$RULES" --command "$(abspath $(BIN))/ckptconv" --failed "$$work/failed" \
+	    $${FORMAT:+--format "$$FORMAT"} --arguments="$$ARGS" > "$$work/jobs.mk" || exit; \
+	    $(MAKE) --no-print-directory --keep-going --file "$$work/jobs.mk" all; code=$$?; \
+	    if [ -s "$$work/failed" ]; then echo "not converted:"; LC_ALL=C sort "$$work/failed" | sed 's/^/  /'; fi; exit $$code
 
 clean:
 	rm -rf build $(VENV)

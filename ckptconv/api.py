@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,7 @@ def plan(
         prepared = _prepared(rules, Path(source), chosen, plan_file)
     shape, layout, peak = estimate(prepared, Path(destination) if destination is not None else None, chosen)
     if out is not None:
+        refuse_to_overwrite(Path(out), [word for word in (rules, source, destination) if isinstance(word, (str, Path))])
         write_text(Path(out), json.dumps(saved_plan(prepared), ensure_ascii=False, indent=1), force=chosen.force)
     manifest = prepared.plan.manifest
     copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if isinstance(output.expr, Read))
@@ -139,7 +141,7 @@ def load(
     comparison = compare(prepared.plan.manifest, wanted, prepared.allow)
     if not comparison.fits:
         raise FitError(comparison.problems())
-    with Sources(prepared.source.files) as opened:
+    with Sources(prepared.source.files, prepared.source.contents.identities) as opened:
         state = evaluate(prepared.plan, LazyTensors(prepared.source.placed, opened))
     result = target.load_into(model, state, allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected)
     if not result.loaded:
@@ -166,6 +168,7 @@ def inspect(source: str | Path, *, select: Sequence[str] = ()) -> Inspection:
 def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), force: bool = False, timeout: float = 300.0) -> Manifest:
     """Writes the manifest of a checkpoint or target as JSON, to be a target or a side of :func:`diff` later."""
     manifest = manifest_of_word(source, select, timeout)
+    refuse_to_overwrite(Path(out), [source])
     write_text(Path(out), json.dumps(manifest.to_json(), ensure_ascii=False, indent=1) + "\n", force=force)
     return manifest
 
@@ -215,7 +218,7 @@ def verify(
             prepared = prepare(made_by, Path(against), chosen)
         wish = prepared.parity
         compared = wish.request(path, written.container.path, prepared.plan, prepared.source, prepared.comparison) if wish else None
-        with Sources(prepared.source.files) as opened:
+        with Sources(prepared.source.files, prepared.source.contents.identities) as opened:
             nbytes = prepared.source.manifest.nbytes
             digests = digest_tensors(opened, prepared.source.placed, threads=chosen.threads, progress=counted(progress, "reading", nbytes))
         evidence = replace(
@@ -310,6 +313,7 @@ def invert(
     if out is not None:
         stem = Path(out).stem
         text = re.sub(r"^name: .*$", f"name: {stem}", back.text, count=1, flags=re.MULTILINE)
+        refuse_to_overwrite(Path(out), [like, *([rules] if isinstance(rules, (str, Path)) else [])])
         ruleset.parse(text.encode(), str(out), stem=stem)  # what is written is a rule file, whatever the file is called
         write_text(Path(out), text, force=force)
         return replace(back, text=text)
@@ -485,6 +489,20 @@ def _left_behind(prepared: Prepared, options: Options) -> dict[str, str]:
             if str(key) != head and str(key) not in found:
                 found[str(key)] = type(value).__name__ if not hasattr(value, "name") else str(value.name)
     return found
+
+
+def refuse_to_overwrite(path: Path, others: Iterable[str | Path]) -> None:
+    """Raises :class:`~ckptconv.errors.UsageError` CK502 where ``path`` is one of the other files that a command is given, by any name,
+    or a file that is there in one of the folders."""
+    for other in map(Path, others):
+        there = os.path.exists(path) and os.path.exists(other)
+        same = os.path.samefile(path, other) if there else os.path.abspath(path) == os.path.abspath(other)
+        inside = there and os.path.isdir(other) and Path(os.path.realpath(other)) in Path(os.path.realpath(path)).parents
+        if same or inside:
+            raise UsageError(
+                Problem("CK502", f"this would overwrite {'a file of ' if inside else ''}{printable(other)}, which the command is given",
+                        where=printable(path), try_="another name")
+            )  # fmt: skip
 
 
 def write_text(path: Path, text: str, *, force: bool) -> None:

@@ -173,4 +173,5 @@ CODES: Mapping[str, str] = {
     "CK503": "The output cannot be written.",
     "CK504": "A format cannot hold what the plan gives it.",
     "CK505": "A needed package is not installed.",
+    "CK506": "Another run is writing the same output.",
 }

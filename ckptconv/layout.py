@@ -6,7 +6,7 @@ Layout comes before filling: once it exists, any worker may write any tensor's b
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -22,6 +22,7 @@ FORMAT_OF_SUFFIX: Mapping[str, str] = {
     ".safetensors": "safetensors", ".pth": "torch", ".pt": "torch", ".bin": "torch", ".ckpt": "torch", ".th": "torch", ".tar": "torch",
 }  # fmt: skip
 _STEMS: Mapping[str, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}
+_WRITTEN = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 MAX_TREE_DEPTH = 64
 
@@ -96,6 +97,20 @@ def _lay_out(
     if len(shards) < 2:
         return Layout(files, is_folder=True)
     return Layout(files, is_folder=True, index=(f"{stem}{suffix}.index.json", index_json(shards, manifest.nbytes)))
+
+
+def not_written_here(folders: Iterable[str], files: Iterable[str]) -> str:
+    """Of what a folder holds, the first name that shows it to be more than one converted checkpoint; empty where nothing does.
+
+    >>> not_written_here([], ["config.json", "model-00001-of-00002.safetensors"]), not_written_here([".git"], ["model.safetensors"])
+    ('', '.git')
+    >>> not_written_here([], ["model.safetensors", "resnet50.pth"]), not_written_here([], ["thesis.tex"])
+    ('resnet50.pth', 'thesis.tex')
+    """
+    names = sorted(files)
+    ours = [name for name in names if _WRITTEN.fullmatch(name)]
+    weights = [name for name in names if PurePath(name).suffix in FORMAT_OF_SUFFIX and name not in ours]
+    return next(iter([*sorted(folders), *weights, *([] if ours else names)]), "")
 
 
 def renamed_versions(versions: Mapping[str, Mapping[str, Any]], new_name_of: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -183,10 +183,12 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
         raise click.UsageError(f"want {names}, found {len(arguments)} arguments")
     rules = None if plan_file is not None else arguments[0]
     source, destination = arguments[-2:]
-    out = Output(as_json, quiet, verbose, report, html)
+    out = Output(as_json, quiet, verbose)
     with guarded(out):
         from ckptconv import api
 
+        given = [rules, source, plan_file, options["config"], *(word.partition("=")[2] for word in options["also"])]
+        out.files(report, html, [*given, None if Path(destination).is_dir() else destination])
         settings = {**options, "set": set_, "format": format_}
         if dry_run:
             del settings["verify"]
@@ -211,10 +213,11 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
 def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None,
          html: Path | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
     """Say what a run would do: names, shapes, lineage, bytes, peak memory. Reads headers only; nothing is written."""
-    output = Output(as_json, quiet, verbose, html_file=html)
+    output = Output(as_json, quiet, verbose)
     with guarded(output):
         from ckptconv import api
 
+        output.files(None, html, [rules, source, out, options["config"]])
         output.run_report(api.plan(rules, source, destination, out=out, set=set_, format=format_, **options))
 
 
@@ -262,10 +265,11 @@ def diff(
     left: str, right: str, select: tuple[str, ...], timeout: float, html: Path | None, as_json: bool, quiet: bool, verbose: int
 ) -> int:
     """Compare names, shapes, dtypes and ties of A and B (checkpoint, target or saved manifest). Exit 1 when they differ."""
-    out = Output(as_json, quiet, verbose, html_file=html)
+    out = Output(as_json, quiet, verbose)
     with guarded(out):
         from ckptconv import api
 
+        out.files(None, html, [left, right])
         report = api.diff(left, right, select=select, timeout=timeout)
         out.difference(report)
         return 0 if report.equal else 1
@@ -302,10 +306,11 @@ def verify(
     verbose: int, **options: Any,
 ) -> int:  # fmt: skip
     """Prove a checkpoint that is already there: against a target, and against the source that it was made from."""
-    out = Output(as_json, quiet, verbose, html_file=html)
+    out = Output(as_json, quiet, verbose)
     with guarded(out):
         from ckptconv import api
 
+        out.files(None, html, [destination, options["against"], options["rules"], options["config"]])
         with out.progress(enabled=not no_progress) as progress:
             report = api.verify(destination, target_word=target, set=set_, progress=progress, **options)
         out.run_report(report, style)

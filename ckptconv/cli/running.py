@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -28,9 +28,20 @@ PIPE_WIDTH = 160
 class Output:
     """Prints reports for people (rich text, plain when piped) or programs (JSON on stdout). Errors go to stderr."""
 
-    def __init__(self, as_json: bool, quiet: bool, verbose: int, report_file: Path | None = None, html_file: Path | None = None) -> None:
+    def __init__(self, as_json: bool, quiet: bool, verbose: int) -> None:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
-        self.report_file, self.html_file = report_file, html_file
+        self.report_file: Path | None = None
+        self.html_file: Path | None = None
+
+    def files(self, report: Path | None, html: Path | None, given: Iterable[object]) -> None:
+        """Where the report goes too: never over what the command was ``given``."""
+        from ckptconv.api import refuse_to_overwrite
+
+        others = [str(word) for word in given if word]
+        for path in (report, html):
+            if path is not None:
+                refuse_to_overwrite(path, others)
+        self.report_file, self.html_file = report, html
 
     @cached_property
     def console(self) -> Console:
@@ -150,7 +161,9 @@ class Output:
             return
         from ckptconv.api import write_text
 
-        write_text(self.report_file, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
+        # Once: that a report cannot be written is not tried to be reported in it.
+        path, self.report_file = self.report_file, None
+        write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n", force=True)
 
     def write_page(self, page: Page) -> None:
         """``--html FILE``: likewise."""
@@ -158,7 +171,8 @@ class Output:
         from ckptconv.report.html import render
 
         assert self.html_file is not None, "who makes a page asks first"
-        write_text(self.html_file, render(page), force=True)
+        path, self.html_file = self.html_file, None
+        write_text(path, render(page), force=True)
 
     def failure(self, error: CkptconvError) -> None:
         data: dict[str, Any] = {
@@ -211,6 +225,7 @@ def _console(stream: Any) -> Console:
 @contextmanager
 def guarded(out: Output) -> Iterator[None]:
     """Ends a command with the exit code of what went wrong, every problem printed; a traceback only for a fault of our own."""
+    from ckptconv.cli.streams import WordsLost
     from ckptconv.errors import CkptconvError, Refusal, UsageError
 
     try:
@@ -218,6 +233,11 @@ def guarded(out: Output) -> Iterator[None]:
             yield
         except Refusal as refusal:  # of a word of the command itself: a pattern, say
             raise UsageError(refusal.at("")) from None
+    except WordsLost as error:  # there is nowhere left to print JSON to
+        from ckptconv.report.text import print_problems
+
+        print_problems(error.problems, out.errors)
+        raise click.exceptions.Exit(error.exit_code) from None
     except CkptconvError as error:
         try:
             out.failure(error)

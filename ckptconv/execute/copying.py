@@ -63,44 +63,42 @@ def batches(copies: Iterable[Copy]) -> list[list[Copy]]:
 class Copier:
     """One worker's buffer and what it does with it."""
 
-    def __init__(self, sources: Sources, descriptor: int, report: Callable[[int], None], stop: threading.Event) -> None:
-        self._sources, self._descriptor, self._report, self._stop = sources, descriptor, report, stop
+    def __init__(self, sources: Sources, report: Callable[[int], None], stop: threading.Event) -> None:
+        self._sources, self._report, self._stop = sources, report, stop
         self._buffer = memoryview(bytearray(BLOCK))
-        self.crc32: dict[str, int] = {}
 
-    def run(self, batch: Sequence[Copy]) -> None:
-        """Copies a batch; gives up quietly when another worker failed."""
+    def run(self, descriptor: int, batch: Sequence[Copy]) -> dict[str, int]:
+        """Copies a batch into one file and gives back the CRC-32 of each slot; gives up quietly when another worker failed."""
         if len(batch) > 1:
-            self._gathered(batch)
-            return
+            return self._gathered(descriptor, batch)
         (copy,) = batch
         crc = 0
         for at in range(0, copy.nbytes, BLOCK):
             if self._stop.is_set():
-                return
+                return {}
             part = self._buffer[: min(BLOCK, copy.nbytes - at)]
             self._sources.read_into(copy.file, copy.source + at, part)
             if copy.slot:
                 crc = zlib.crc32(part, crc)
-            write_at(self._descriptor, copy.destination + at, part)
+            write_at(descriptor, copy.destination + at, part)
             self._report(len(part))
-        if copy.slot:
-            self.crc32[copy.slot] = crc
+        return {copy.slot: crc} if copy.slot else {}
 
-    def _gathered(self, batch: Sequence[Copy]) -> None:
+    def _gathered(self, descriptor: int, batch: Sequence[Copy]) -> dict[str, int]:
         """Small ranges: read one after the other into the buffer, written together where their destinations touch."""
-        start, filled = batch[0].destination, 0
+        start, filled, crc32 = batch[0].destination, 0, dict[str, int]()
         for copy in batch:
             if start + filled != copy.destination:
-                write_at(self._descriptor, start, self._buffer[:filled])
+                write_at(descriptor, start, self._buffer[:filled])
                 start, filled = copy.destination, 0
             part = self._buffer[filled : filled + copy.nbytes]
             self._sources.read_into(copy.file, copy.source, part)
             if copy.slot:
-                self.crc32[copy.slot] = zlib.crc32(part)
+                crc32[copy.slot] = zlib.crc32(part)
             filled += copy.nbytes
-        write_at(self._descriptor, start, self._buffer[:filled])
+        write_at(descriptor, start, self._buffer[:filled])
         self._report(sum(copy.nbytes for copy in batch))
+        return crc32
 
 
 def write_at(descriptor: int, offset: int, data: memoryview | bytes) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import xxhash
 from ckptconv import formats
 from ckptconv.errors import FitError, OutputError, Problem, Refusal, printable
 from ckptconv.execute.copying import Copier, Copy, batches, write_at
+from ckptconv.execute.descriptors import Descriptors
 from ckptconv.execute.memory import peak_nbytes
 from ckptconv.execute.memory_run import computed
 from ckptconv.execute.ranges import as_range
@@ -90,13 +92,13 @@ def fill(
     groups = islands(to_compute)
     _check_memory(groups, max_memory)
     everything = {**placed, **(kept or {})}
-    with ExitStack() as stack:
-        descriptors = {layout.name: _created(layout, folder, stack) for layout in layouts}
+    number = {layout.name: at for at, layout in enumerate(layouts)}
+    with closing(_outputs(layouts, folder)) as descriptors:
         crew = _Crew(threads, progress or (lambda _: None))
         crew.tasks += [(_copy, (name, batch)) for name, found in copies.items() for batch in batches(sorted(found, key=_by_destination))]
         # The largest islands first: the last worker to finish then has a small one.
         crew.tasks += [(_compute, (group,)) for group in sorted(groups, key=lambda group: -sum(each.expr.spec.nbytes for each in group))]
-        found_crc, digests = crew.run(_Bench(everything, sources, descriptors, where, wants_crc))
+        found_crc, digests = crew.run(_Bench(everything, sources, descriptors, number, where, wants_crc))
     for file, slot_name, value in found_crc:
         crc32[file][slot_name] = value
     return Receipt(crc32, digests, copied, sum(output.expr.spec.nbytes for output in to_compute))
@@ -116,20 +118,24 @@ def _check_memory(groups: Iterable[Sequence[Output]], max_memory: int | None) ->
             )  # fmt: skip
 
 
-def _created(layout: FileLayout, folder: Path, stack: ExitStack) -> int:
-    """The output file at its full size. Space is asked for now, where the filesystem can promise it: a full disk shows before the work."""
-    descriptor = os.open(folder / layout.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    stack.callback(os.close, descriptor)
-    os.ftruncate(descriptor, layout.nbytes)
-    if layout.nbytes and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, layout.nbytes)
-        except OSError as error:
-            import errno
-
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    return descriptor
+def _outputs(layouts: Sequence[FileLayout], folder: Path) -> Descriptors:
+    """The output files at their full sizes. Space is asked for now, where the filesystem can promise it: a full disk shows before the work."""
+    paths = [folder / layout.name for layout in layouts]
+    descriptors = Descriptors(lambda at: os.open(paths[at], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    try:
+        for at, layout in enumerate(layouts):
+            with descriptors.use(at) as descriptor:
+                os.ftruncate(descriptor, layout.nbytes)
+                if layout.nbytes and hasattr(os, "posix_fallocate"):
+                    try:
+                        os.posix_fallocate(descriptor, 0, layout.nbytes)
+                    except OSError as error:
+                        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                            raise
+    except BaseException:
+        descriptors.close()
+        raise
+    return descriptors
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,8 @@ class _Bench:
 
     placed: Mapping[str, Placed]
     sources: Sources
-    descriptors: Mapping[str, int]
+    descriptors: Descriptors
+    number: Mapping[str, int]  #: of each file among the descriptors
     where: Mapping[str, _Place]
     wants_crc: Mapping[str, bool]
 
@@ -165,20 +172,17 @@ class _Crew:
         errors: list[BaseException] = []
 
         def work() -> None:
-            copiers: dict[str, Copier] = {}
             try:
+                copier = Copier(bench.sources, self.report, self.stop)
                 while not self.stop.is_set():
                     try:
                         task, arguments = waiting.get_nowait()
                     except queue.Empty:
                         break
-                    task(self, bench, copiers, *arguments)
+                    task(self, bench, copier, *arguments)
             except BaseException as error:
                 errors.append(error)
                 self.stop.set()
-            for file, copier in copiers.items():
-                with self._lock:
-                    self.crc32 += [(file, slot, value) for slot, value in copier.crc32.items()]
 
         restore = _single_threaded_kernels(self.threads) if any(task is _compute for task, _ in self.tasks) else None
         workers = [threading.Thread(target=work, name=f"ckptconv-{at}", daemon=True) for at in range(min(self.threads, len(self.tasks)))]
@@ -200,13 +204,14 @@ class _Crew:
         return self.crc32, self.digests
 
 
-def _copy(crew: _Crew, bench: _Bench, copiers: dict[str, Copier], file: str, batch: Sequence[Copy]) -> None:
-    if file not in copiers:
-        copiers[file] = Copier(bench.sources, bench.descriptors[file], crew.report, crew.stop)
-    copiers[file].run(batch)
+def _copy(crew: _Crew, bench: _Bench, copier: Copier, file: str, batch: Sequence[Copy]) -> None:
+    with bench.descriptors.use(bench.number[file]) as descriptor:
+        found = copier.run(descriptor, batch)
+    with crew._lock:
+        crew.crc32 += [(file, slot, value) for slot, value in found.items()]
 
 
-def _compute(crew: _Crew, bench: _Bench, copiers: dict[str, Copier], group: Sequence[Output]) -> None:  # noqa: ARG001
+def _compute(crew: _Crew, bench: _Bench, copier: Copier, group: Sequence[Output]) -> None:  # noqa: ARG001
     current = group[0]
     try:
         results = computed(group, lambda node: bench.sources.read_tensor(bench.placed[node.name]))
@@ -219,6 +224,14 @@ def _compute(crew: _Crew, bench: _Bench, copiers: dict[str, Copier], group: Sequ
     except Refusal as refusal:
         problem = Problem(refusal.code, f"{printable(current.name)}: {refusal.what}", str(current.origin), refusal.found, refusal.try_)
         raise FitError(problem) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class of its own for it
+            raise
+        needed = peak_nbytes(group)
+        raise OutputError(
+            Problem("CK503", f"{printable(current.name)}: there is not enough memory", str(current.origin), f"{needed:,} bytes needed at once",
+                    "--threads 1, or a machine with more memory")
+        ) from None  # fmt: skip
 
 
 def _store(crew: _Crew, bench: _Bench, output: Output, value: Any) -> None:
@@ -226,13 +239,14 @@ def _store(crew: _Crew, bench: _Bench, output: Output, value: Any) -> None:
     value = value.detach().resolve_conj().resolve_neg().contiguous()
     data = bytes_of(value)
     digest, crc = xxhash.xxh3_128(), 0
-    for at in range(0, len(data), _CHUNK):
-        part = data[at : at + _CHUNK]
-        digest.update(part)
-        if bench.wants_crc[place.file]:
-            crc = zlib.crc32(part, crc)
-        write_at(bench.descriptors[place.file], place.offset + at, part)
-        crew.report(len(part))
+    with bench.descriptors.use(bench.number[place.file]) as descriptor:
+        for at in range(0, len(data), _CHUNK):
+            part = data[at : at + _CHUNK]
+            digest.update(part)
+            if bench.wants_crc[place.file]:
+                crc = zlib.crc32(part, crc)
+            write_at(descriptor, place.offset + at, part)
+            crew.report(len(part))
     with crew._lock:
         crew.digests[output.name] = digest.hexdigest()
         if bench.wants_crc[place.file]:

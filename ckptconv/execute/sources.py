@@ -5,15 +5,17 @@ Nothing is memory-mapped: a file that shrinks under a mapping kills the process,
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckptconv.errors import InputError, Problem, printable
+from ckptconv.execute.descriptors import Descriptors
 from ckptconv.formats.base import Placed
+from ckptconv.formats.strict import Identity, identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,47 +24,67 @@ _ALIGNMENT = 64
 
 
 class Sources:
-    """The files of a checkpoint as a context manager; offsets and sizes are in bytes."""
+    """The files of a checkpoint as a context manager; offsets and sizes are in bytes.
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    ``identities`` are those that the files had before their headers were read: where they differ by now, the offsets mean nothing.
+    """
+
+    def __init__(self, files: Sequence[Path], identities: Mapping[Path, Identity] | None = None) -> None:
         self.files = tuple(files)
-        self._stack = ExitStack()
-        self.descriptors: list[int] = []
-        self._identities: list[tuple[int, int, int, int]] = []
+        self.descriptors = Descriptors(self._opened)
+        known = identities or {}
+        self._identities = {at: known[path] for at, path in enumerate(self.files) if path in known}
 
     def __enter__(self) -> Sources:
         try:
-            for path in self.files:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                self._stack.callback(os.close, descriptor)
-                self.descriptors.append(descriptor)
-                self._identities.append(_identity(os.fstat(descriptor)))
-        except OSError as error:
-            self._stack.close()
-            raise InputError(Problem("CK310", f"the source cannot be opened: {error.strerror}", where=printable(path))) from None
+            for at in range(len(self.files)):
+                with self.descriptors.use(at):
+                    pass
+        except BaseException:
+            self.descriptors.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        self.descriptors.close()
+
+    def _opened(self, at: int) -> int:
+        """Opens a file, for the first time or once more; then it must be the one that it was."""
+        path = self.files[at]
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if at in self._identities and error.errno == errno.ENOENT:
+                raise _changed(path) from None
+            raise _unreadable(path, "opened", error) from None
+        found = identity(os.fstat(descriptor))
+        if self._identities.setdefault(at, found) != found:
+            os.close(descriptor)
+            raise _changed(path)
+        return descriptor
 
     def check_unchanged(self) -> None:
         """Raises :class:`~ckptconv.errors.InputError` CK311 when a file was written to, cut, or replaced since it was opened."""
-        for path, descriptor, identity in zip(self.files, self.descriptors, self._identities, strict=True):
+        for at, known in self._identities.items():
             try:
-                named = _identity(os.stat(path))
+                named = identity(os.stat(self.files[at]))
             except OSError:
                 named = None
-            if _identity(os.fstat(descriptor)) != identity or named != identity:
-                raise _changed(path)
+            if named != known:
+                raise _changed(self.files[at])
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` from ``offset``; a short file is CK311."""
+        """Fills ``buffer`` from ``offset``; a short file is CK311, a disk that fails CK310."""
         done = 0
-        while done < len(buffer):
-            count = os.preadv(self.descriptors[file], [buffer[done:]], offset + done)
-            if not count:
-                raise _changed(self.files[file])
-            done += count
+        with self.descriptors.use(file) as descriptor:
+            while done < len(buffer):
+                try:
+                    count = os.preadv(descriptor, [buffer[done:]], offset + done)
+                except OSError as error:
+                    raise _unreadable(self.files[file], "read", error) from None
+                if not count:
+                    raise _changed(self.files[file])
+                done += count
 
     def read_tensor(self, placed: Placed) -> Tensor:
         """The tensor, contiguous, in memory of its own."""
@@ -100,8 +122,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return _view(tensor.reshape(-1).view(torch.uint8)) if tensor.numel() else memoryview(b"")
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _unreadable(path: Path, what: str, error: OSError) -> InputError:
+    hint = "ulimit -n 1024" if error.errno == errno.EMFILE else "look at its permissions, and at the disk that it is on"
+    return InputError(Problem("CK310", f"the source cannot be {what}: {error.strerror}", where=printable(path), try_=hint))
 
 
 def _changed(path: Path) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -13,10 +14,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+import xxhash
+
 from ckptconv.errors import CkptconvError, OutputError, Problem, UsageError, printable
+from ckptconv.execute.renaming import exchange, rename_new
 
 _MARK = ".ckptconv-"
 _SUFFIX = ".partial"
+_ASIDE = ".old"
+_LONGEST = 180  #: bytes of a destination's name that a staging's name can repeat; filesystems end at 255
+_REASONS = {errno.ENOSPC: "no space left on the disk"}
+_HINTS = {
+    errno.ENOSPC: "free some space, or write elsewhere", errno.EDQUOT: "your quota is used up: free some of it, or write elsewhere",
+    errno.EFBIG: "a file may not grow that large here: see ulimit -f, or write elsewhere", errno.EACCES: "write where you may",
+    errno.EPERM: "write where you may", errno.EROFS: "write elsewhere: the filesystem is read-only",
+    errno.EIO: "the disk or the network behind it failed: write elsewhere", errno.EBUSY: "a mount point cannot be replaced: another name",
+    errno.EMFILE: "ulimit -n 1024", errno.ENAMETOOLONG: "a shorter name",
+}  # fmt: skip
 
 
 def refuse_overlap(destination: Path, sources: Sequence[Path]) -> None:
@@ -25,26 +39,31 @@ def refuse_overlap(destination: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         where = printable(destination)
         with suppress(OSError):
-            if destination.exists() and os.path.samefile(destination, source):
+            if os.path.exists(destination) and os.path.samefile(destination, source):
                 raise UsageError(
                     Problem("CK502", "the output is the source", where=where, try_="another name; sources are never overwritten")
                 )
         real, real_source = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
         if source.is_dir() and real_source in real.parents:
             raise UsageError(Problem("CK502", "the output lies inside the source folder", where=where, try_="a place outside of it"))
-        if real in real_source.parents and destination.exists():
+        if real in real_source.parents and os.path.exists(destination):
             raise UsageError(Problem("CK502", "the source lies inside the output folder", where=where, try_="another folder"))
 
 
 class Staging:
-    """A hidden file or folder beside the destination, for the time of one conversion. Leaving it without :meth:`publish` removes it."""
+    """A hidden file or folder beside the destination, for the time of one conversion. Leaving it removes what was not published.
 
-    def __init__(self, destination: Path, *, is_folder: bool, force: bool) -> None:
+    Of two runs to one destination the second is refused. ``nbytes`` is what will be written: a disk without that much room is refused
+    before anything is. What a killed run left behind is cleaned up, and what it had moved aside is put back.
+    """
+
+    def __init__(self, destination: Path, *, is_folder: bool, force: bool, nbytes: int = 0) -> None:
         self.destination, self.is_folder, self.force = Path(os.path.abspath(destination)), is_folder, force
-        self._name = f".{self.destination.name}{_MARK}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
-        self.path = self.destination.parent / self._name
+        self.nbytes = nbytes
+        self._stem = _stem(self.destination.name)
+        self.path = self.destination.parent / f"{self._stem}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
         self._lock = -1
-        self._published = False
+        self._in_place = False
 
     @property
     def folder(self) -> Path:
@@ -56,22 +75,26 @@ class Staging:
         return self.path / name if self.is_folder else self.path
 
     def __enter__(self) -> Staging:
-        self._refuse_what_is_there()
         parent = self.destination.parent
         if not parent.is_dir():
             raise OutputError(
                 Problem("CK503", f"the folder {printable(parent)} does not exist", where=self._shown, try_=f"mkdir -p {printable(parent)}")
             )
         try:
-            with self._explained():
-                _remove_stale(parent, self.destination.name)
+            with self._explained(), _turn(parent):
+                self._clear()
+                self._refuse_what_is_there()
+                self._refuse_too_much()
+                # What replaces something private is private from its first byte on.
                 if self.is_folder:
-                    self.path.mkdir()
+                    self.path.mkdir(0o700 if self.destination.exists() else 0o777)
                 else:
-                    os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+                    mode = 0o600 if self.destination.exists() else 0o666
+                    os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
                 # Held until the end: a staging that nobody holds is a dead run's, and the next one may take it away.
                 self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(OSError):  # a filesystem without locks
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:  # Ctrl-C between two of these lines, say: nobody would call __exit__
             self._remove()
             raise
@@ -81,14 +104,19 @@ class Staging:
         self._remove()
         if isinstance(error, OSError) and not isinstance(error, CkptconvError):
             raise self._problem(error) from error
+        if error is None and os.path.lexists(self.path):
+            what = "the output is in place, but what it replaced cannot be removed"
+            raise OutputError(
+                Problem("CK503", what, where=self._shown, found=printable(self.path), try_=f"rm -r {printable(self.path.name)}")
+            )
 
     def _remove(self) -> None:
+        """The staged files, or, once they were exchanged for them, those that stood at the destination."""
         try:
-            if not self._published:
-                if self.is_folder:
-                    shutil.rmtree(self.path, ignore_errors=True)
-                else:
-                    self.path.unlink(missing_ok=True)
+            _delete(self.path)
+        except BaseException:  # a second Ctrl-C must not keep the first from cleaning up
+            _delete(self.path)
+            raise
         finally:
             if self._lock >= 0:
                 os.close(self._lock)
@@ -97,6 +125,25 @@ class Staging:
     @property
     def _shown(self) -> str:
         return printable(self.destination)
+
+    def _clear(self) -> None:
+        """Refuses where a living run makes the same output; removes what a dead one left, and puts back what it had moved aside."""
+        pattern = f"{glob.escape(self._stem)}[0-9]*-????????{_SUFFIX}"
+        stagings = {path: _state(path) for path in sorted(self.destination.parent.glob(pattern))}
+        for path, state in stagings.items():
+            if state == "held":
+                raise OutputError(
+                    Problem("CK506", "another run is writing this output", where=self._shown, found=printable(path.name),
+                            try_="wait until it is done, or another name")
+                )  # fmt: skip
+        for aside in sorted(self.destination.parent.glob(pattern + _ASIDE)):
+            if os.path.lexists(self.destination):
+                _delete(aside)
+            else:
+                rename_new(aside, self.destination)
+        for path, state in stagings.items():
+            if state == "free":
+                _delete(path)
 
     def _refuse_what_is_there(self) -> None:
         if self.destination.is_symlink():
@@ -116,57 +163,55 @@ class Staging:
                     try_="--force, or another name",
                 )
             )
-        if self.destination.is_dir() != self.is_folder:
-            what = "folder" if self.destination.is_dir() else "file"
+        is_file = self.destination.is_file()
+        if self.destination.is_dir() != self.is_folder or not (is_file or self.is_folder):
+            what = "file" if is_file else "folder" if self.destination.is_dir() else "device or pipe"
             raise OutputError(Problem("CK503", f"a {what} stands where the output goes", where=self._shown, try_="another name"))
+
+    def _refuse_too_much(self) -> None:
+        room = os.statvfs(self.destination.parent)
+        free = room.f_frsize * (room.f_bfree if os.geteuid() == 0 else room.f_bavail)
+        if room.f_blocks and self.nbytes > free:  # a filesystem of no blocks is one that does not tell
+            raise OutputError(
+                Problem("CK503", f"the output cannot be written: {_REASONS[errno.ENOSPC]}", where=self._shown,
+                        found=f"{self.nbytes:,} bytes to write, {free:,} free", try_=_HINTS[errno.ENOSPC])
+            )  # fmt: skip
 
     def publish(self, *, sync: bool = True) -> None:
         """Makes the output durable (``sync``) and renames it into place."""
         with self._explained():
-            self._set_modes()
+            self._keep_modes()
             if sync:
                 for path in [*self.path.rglob("*"), self.path] if self.is_folder else [self.path]:
                     _fsync(path)
             self._rename()
-            self._published = True
+            self._in_place = True
             if sync:
                 _fsync(self.destination.parent)
 
     def _rename(self) -> None:
-        if self.is_folder:
-            self._rename_folder()
-        elif self.force:
+        if not self.force or not self.destination.exists():
+            rename_new(self.path, self.destination)
+        elif not self.is_folder:
             os.replace(self.path, self.destination)
-        else:
-            # A link fails where a name exists: nothing that appeared meanwhile is overwritten.
+        elif not exchange(self.path, self.destination):
+            # Two steps where the filesystem has no exchange. Who is killed between them leaves both: the next run puts the old one back.
+            aside = self.path.with_name(self.path.name + _ASIDE)
             try:
-                os.link(self.path, self.destination)
-            except FileExistsError:
-                raise
-            except OSError:  # a filesystem without links
-                if self.destination.exists():
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.destination)) from None
+                os.rename(self.destination, aside)
                 os.rename(self.path, self.destination)
-            else:
-                self.path.unlink()
+            finally:
+                if os.path.lexists(aside):
+                    os.rename(aside, self.path if os.path.lexists(self.destination) else self.destination)
 
-    def _rename_folder(self) -> None:
-        if not self.destination.exists():
-            os.rename(self.path, self.destination)
+    def _keep_modes(self) -> None:
+        """What existed keeps its mode under --force; new files follow the umask, as they were created."""
+        if not self.force or not self.destination.exists():
             return
-        aside = self.destination.parent / f"{self._name}.old"
-        os.rename(self.destination, aside)
-        try:
-            os.rename(self.path, self.destination)
-        except OSError:
-            os.rename(aside, self.destination)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-    def _set_modes(self) -> None:
-        """An existing file's mode survives --force; new ones follow the umask, as they were created."""
-        if not self.is_folder and self.force and self.destination.exists():
-            os.chmod(self.path, stat.S_IMODE(self.destination.stat().st_mode))
+        for path in [*self.path.rglob("*"), self.path] if self.is_folder else [self.path]:
+            old = self.destination / path.relative_to(self.path)
+            if old.exists():
+                os.chmod(path, stat.S_IMODE(old.stat().st_mode))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -180,12 +225,23 @@ class Staging:
             return OutputError(
                 Problem("CK501", "the output appeared while it was being made", where=self._shown, try_="--force, or another name")
             )
-        hint = {
-            errno.ENOSPC: "free some space, or write elsewhere", errno.EDQUOT: "your quota is used up", errno.EFBIG: "a file may not grow that large here",
-            errno.EACCES: "write where you may", errno.EROFS: "write elsewhere: the filesystem is read-only",
-        }.get(error.errno or 0, "")  # fmt: skip
-        reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        return OutputError(Problem("CK503", f"the output cannot be written: {reason}", where=self._shown, try_=hint))
+        reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
+        what = "the output is in place, but the disk did not confirm it" if self._in_place else "the output cannot be written"
+        return OutputError(Problem("CK503", f"{what}: {reason}", where=self._shown, try_=_HINTS.get(error.errno or 0, "write elsewhere")))
+
+
+def _stem(name: str) -> str:
+    """How the names of a destination's stagings begin."""
+    encoded = os.fsencode(name)
+    return f".{name if len(encoded) <= _LONGEST else xxhash.xxh3_64_hexdigest(encoded)}{_MARK}"
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _fsync(path: Path) -> None:
@@ -196,25 +252,34 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_stale(parent: Path, name: str) -> None:
-    """What a run that was killed left beside the same destination, unless its owner still holds it."""
-    for path in parent.glob(f".{glob_escape(name)}{_MARK}*{_SUFFIX}"):
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        else:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """One run at a time looks for others and makes its own staging: between the two, nobody comes in. Held for milliseconds."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # a folder to write into but not to list
+        yield
+        return
+    try:
+        with suppress(OSError):  # a filesystem without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def glob_escape(text: str) -> str:
-    """``text`` with what a glob would read as a wildcard taken literally."""
-    import glob
-
-    return glob.escape(text)
+def _state(path: Path) -> str:
+    """Of a staging that was found: ``held`` by a living run, ``free``, or ``unknown`` where locks cannot tell; that one is left alone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return "unknown"
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "held"
+    except OSError:  # a filesystem without locks
+        return "unknown"
+    finally:
+        os.close(descriptor)
+    return "free"

@@ -159,6 +159,7 @@ class Contents:
     skipped: Mapping[str, str] = field(default_factory=dict)  #: path -> class name of what is not plain data
     warnings: tuple[str, ...] = ()
     neighbours: tuple[Path, ...] = ()  #: other files of a folder (config.json, tokenizer)
+    identities: Mapping[Path, tuple[int, int, int, int]] = field(default_factory=dict)  #: of the files, from before their headers were read
 
 
 @dataclass(frozen=True, slots=True)

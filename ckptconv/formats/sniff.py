@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.formats.strict import read_up_to
 
 _LOOK = 1024
 
@@ -73,6 +74,6 @@ def _head(path: Path) -> tuple[bytes, int]:
         if not stat.S_ISREG(status.st_mode):
             kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe" if stat.S_ISFIFO(status.st_mode) else "device"
             raise Refusal(f"this is a {kind}, not a file", code="CK310")
-        return os.pread(descriptor, _LOOK, 0), status.st_size
+        return read_up_to(descriptor, _LOOK, 0), status.st_size
     finally:
         os.close(descriptor)

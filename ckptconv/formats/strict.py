@@ -7,12 +7,13 @@ import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptconv.errors import Refusal, printable
 
+Identity = tuple[int, int, int, int]
 #: More digits than any 64-bit number has. Longer ones become floats: parsing them exactly costs quadratic time.
 _INT_DIGITS = 20
 
@@ -32,16 +33,39 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
-    """``nbytes`` bytes from ``offset``. Raises :class:`~ckptconv.errors.Refusal` (CK302) when the file ends before."""
+def identity(status: os.stat_result) -> Identity:
+    """What a file is told by: another one under its name, or a write to it, changes this."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def identities_below(path: Path) -> dict[Path, Identity]:
+    """Those of a checkpoint's files, to be taken before its headers are read: of the file, what lies in the folder, what lies by the index."""
+    folder = path if path.is_dir() else path.parent if path.suffix == ".json" else None
+    found = {}
+    for each in [path] if folder is None else [*folder.glob("*"), *folder.glob("*/*")]:
+        with suppress(OSError):  # a link to nothing, say: the reader will find its words for it
+            found[each] = identity(os.stat(each))
+    return found
+
+
+def read_up_to(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """``nbytes`` bytes from ``offset``, or as many as there are: a read that comes back short is gone on with, as on any network disk."""
     pieces, wanted = [], nbytes
     while wanted:
         piece = os.pread(descriptor, wanted, offset + nbytes - wanted)
         if not piece:
-            raise Refusal("the file ends early", code="CK302", found=f"{nbytes - wanted:,} of {nbytes:,} bytes at offset {offset:,}")
+            break
         pieces.append(piece)
         wanted -= len(piece)
     return b"".join(pieces)
+
+
+def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """``nbytes`` bytes from ``offset``. Raises :class:`~ckptconv.errors.Refusal` (CK302) when the file ends before."""
+    found = read_up_to(descriptor, nbytes, offset)
+    if len(found) != nbytes:
+        raise Refusal("the file ends early", code="CK302", found=f"{len(found):,} of {nbytes:,} bytes at offset {offset:,}")
+    return found
 
 
 def parse_json(raw: bytes, *, code: str) -> Any:

@@ -19,7 +19,7 @@ from ckptconv.formats.base import Contents, Storage
 from ckptconv.formats.containers import contents_from_tree
 from ckptconv.formats.pickle_machine import run
 from ckptconv.formats.rebuilding import StorageRef, storage_dtype
-from ckptconv.formats.strict import opened, parse_json, read_at
+from ckptconv.formats.strict import opened, parse_json, read_at, read_up_to
 
 MAX_RECORDS = 2_000_000
 MAX_PICKLE = 256 << 20
@@ -284,7 +284,7 @@ def _data_offset(descriptor: int, base: int, header: int, raw_name: bytes, size:
     """Where the record's bytes start, after its own header; which must say the same name."""
     if not 0 <= header <= size - 30:
         raise _bad(f"record {printable(name)!r} starts outside the file", code="CK302")
-    local = os.pread(descriptor, 30 + len(raw_name), base + header)
+    local = read_up_to(descriptor, 30 + len(raw_name), base + header)
     if len(local) != 30 + len(raw_name) or local[:4] != b"PK\3\4":
         raise _bad(f"record {printable(name)!r} has no header where the directory points", code="CK302")
     name_n, extra_n = struct.unpack_from("<HH", local, 26)

@@ -13,6 +13,7 @@ from ckptconv import formats, target
 from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, UsageError, printable
 from ckptconv.formats.base import Composite, Container, Contents, Placed
 from ckptconv.formats.joining import shifted, together
+from ckptconv.formats.strict import identities_below
 from ckptconv.names import nearest
 from ckptconv.ruleset.builtin import find
 from ckptconv.ruleset.model import RuleFile
@@ -50,8 +51,10 @@ def rule_file(rules: str | Path | RuleFile) -> RuleFile:
 
 def contents_of(path: Path, format: str | None = None) -> Contents:  # noqa: A002
     """What the checkpoint at ``path`` holds. Raises :class:`~ckptconv.errors.InputError` with the file in front of the reason."""
+    before = identities_below(path)
     try:
-        return formats.read(path, format)
+        found = formats.read(path, format)
+        return replace(found, identities={file: before[file] for file in found.files if file in before})
     except Refusal as refusal:
         raise InputError(refusal.at(printable(path))) from None
     except CkptconvError:
@@ -76,7 +79,10 @@ def open_source(
         more = contents_of(other)
         chosen = _supported(choose(more, [each for each in select if each in more.containers], other), other)
         container = together(container.path, [container, shifted(chosen, len(contents.files), f"{name}::")])
-        contents = replace(contents, files=(*contents.files, *more.files), warnings=(*contents.warnings, *more.warnings))
+        contents = replace(
+            contents, files=(*contents.files, *more.files), identities={**contents.identities, **more.identities},
+            warnings=(*contents.warnings, *more.warnings),
+        )  # fmt: skip
     return Source(path, contents, container, container.stored_manifest, container.stored, also or {})
 
 

@@ -5,8 +5,9 @@ The output is verified while it is still staged. Whatever goes wrong, nothing st
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ckptconv.execute.memory import plan_peak
 from ckptconv.execute.sources import Sources
 from ckptconv.execute.staging import Staging, refuse_overlap
 from ckptconv.formats.base import Placed
-from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, parse_size, renamed_versions
+from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, not_written_here, parse_size, renamed_versions
 from ckptconv.plan import Read
 from ckptconv.stage.preparing import Options, Prepared
 from ckptconv.stage.recorded import OURS
@@ -57,13 +58,14 @@ def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
     """File or folder, torch or safetensors: from the options, the destination's name, or the source, in this order."""
     suffix_format = FORMAT_OF_SUFFIX.get(destination.suffix)
     # A folder's name may have dots in it (llama-3.1-8b); a file's suffix that says nothing is rather a slip.
-    nameless = suffix_format is None and bool(destination.suffix) and not destination.is_dir() and not prepared.source.path.is_dir()
+    there = os.path.isdir(destination)  # unlike Path.is_dir, it has an answer for a name that is too long
+    nameless = suffix_format is None and bool(destination.suffix) and not there and not prepared.source.path.is_dir()
     if nameless and options.format is None:
         raise UsageError(
             Problem("CK107", f"{printable(destination.suffix)} says no format", where=printable(destination),
                     try_="--format torch or safetensors for a file of this name, or a folder that is there")
         )  # fmt: skip
-    is_folder = destination.is_dir() or (suffix_format is None and not nameless)
+    is_folder = there or (suffix_format is None and not nameless)
     if options.format is not None and options.format not in formats.WRITERS:
         raise UsageError(Problem("CK107", f"there is no output format {printable(options.format)!r}", try_=", ".join(formats.WRITERS)))
     if options.shard_size is not None and not is_folder:
@@ -95,9 +97,16 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
     shape = shape_of(prepared, destination, options)
     source = prepared.source
     refuse_overlap(destination, [source.path, *source.files])
+    if options.force:
+        _refuse_more_than_a_checkpoint(destination)
     layout, kept, left_out = _laid_out(prepared, shape, options)
     max_memory = parse_size(options.max_memory) if options.max_memory else None
-    with Staging(destination, is_folder=shape.is_folder, force=options.force) as staging, Sources(source.files) as opened:
+    beside = source.contents.neighbours if shape.is_folder else ()
+    nbytes = layout.nbytes + sum(neighbour.stat().st_size for neighbour in beside if neighbour.is_file())
+    with (
+        Staging(destination, is_folder=shape.is_folder, force=options.force, nbytes=nbytes) as staging,
+        Sources(source.files, source.contents.identities) as opened,
+    ):
         folder, files = staging.folder, [staging.path_of(file.name) for file in layout.files]
         metadata = dict(layout.files[0].metadata)
         receipt = fill(prepared.plan, source.placed, opened, _named(layout, files), folder, kept=kept, threads=options.threads,
@@ -120,8 +129,7 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
         metadata[OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
         metadata[OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
         seal_all(_named(layout, files), receipt, metadata, folder)
-        if shape.is_folder:
-            _copy_neighbours(prepared, staging)
+        _copy_neighbours(beside, staging)
         staging.publish(sync=options.sync)
     return Produced(shape, layout, receipt, ladder, source_digest, tuple(left_out))
 
@@ -175,15 +183,33 @@ def _evidence(
     )  # fmt: skip
 
 
-def _copy_neighbours(prepared: Prepared, staging: Staging) -> None:
+def _refuse_more_than_a_checkpoint(destination: Path) -> None:
+    """``--force`` takes a folder's old contents away as a whole. It must not take away what no conversion wrote."""
+    if not os.path.isdir(destination) or destination.is_symlink():
+        return
+    try:
+        entries = list(os.scandir(destination))
+    except OSError as error:
+        what = f"the folder cannot be looked into, and --force would take all of it away: {error.strerror}"
+        raise OutputError(Problem("CK503", what, where=printable(destination), try_="a new folder")) from None
+    other = not_written_here([each.name for each in entries if each.is_dir()], [each.name for each in entries if not each.is_dir()])
+    if other:
+        raise OutputError(
+            Problem("CK503", "the folder holds more than one converted checkpoint, and --force would take all of it away",
+                    where=printable(destination), found=printable(other), try_="a new folder, or move out what is yours")
+        )  # fmt: skip
+
+
+def _copy_neighbours(neighbours: Iterable[Path], staging: Staging) -> None:
     """config.json, tokenizer and the like come along when a folder becomes a folder."""
-    for neighbour in prepared.source.contents.neighbours:
+    for neighbour in neighbours:
         try:
             shutil.copyfile(neighbour, staging.path_of(neighbour.name))
         except OSError as error:
             raise OutputError(
-                Problem("CK503", f"{printable(neighbour.name)} cannot be copied along: {error.strerror}", where=str(neighbour))
-            ) from None
+                Problem("CK503", f"{printable(neighbour.name)} cannot be copied along: {error.strerror or error}",
+                        where=printable(staging.destination), found=printable(neighbour), try_="free some space, or move that file away")
+            ) from None  # fmt: skip
 
 
 def counted(tell: Progress | None, stage: str, total: int) -> Callable[[int], None] | None:

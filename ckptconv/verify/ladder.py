@@ -14,7 +14,7 @@ from typing import Any
 
 from ckptconv import formats
 from ckptconv.compare import Allow, compare
-from ckptconv.errors import CkptconvError, Problem, Refusal, printable
+from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, printable
 from ckptconv.execute.digest import digest_tensors
 from ckptconv.execute.ranges import as_range
 from ckptconv.execute.sources import Sources
@@ -119,14 +119,20 @@ class _Climb:
             contents = evidence.read()
         except Refusal as refusal:
             return _failed(0, "the output cannot be read back", [refusal.at(str(evidence.files[0]))])
+        except OSError as error:
+            what, where = f"the written output cannot be read back: {error.strerror}", printable(evidence.files[0])
+            return _failed(0, "the output cannot be read back", [Problem("CK407", what, where=where, try_="write elsewhere")])
         if self.evidence.container not in contents.containers:
             return _failed(
                 0, "the output holds no state_dict", [Problem("CK407", "the written state_dict is not found", where=str(evidence.files[0]))]
             )
         self.written = contents.containers[self.evidence.container]
         self.written_files = contents.files
-        with Sources(contents.files) as opened:
-            self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads, progress=evidence.progress)
+        try:
+            with Sources(contents.files) as opened:
+                self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads, progress=evidence.progress)
+        except InputError as error:
+            return _failed(0, "the output cannot be read back", list(error.problems))
         if evidence.plan is None:
             return Rung(0, "passed", f"{len(self.written.tensors):,} tensors read back, checksums match")
         problems = _manifest_problems(self.written.manifest, evidence.plan.manifest)
