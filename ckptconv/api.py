@@ -1,6 +1,7 @@
 """The whole job as functions: ``run``, ``plan``, ``convert``, ``load``, ``inspect``, ``diff``, ``verify``, ``check``.
 
-The command line calls these and nothing else. Problems come as :class:`~ckptconv.errors.CkptconvError`, all of them at once.
+The command line calls these and nothing else. Problems come as :class:`~ckptconv.errors.CkptconvError`, all of them at once. Each
+function imports what it needs: ``inspect`` does not wait for the rule language, nor ``check`` for the readers of checkpoints.
 """
 
 from __future__ import annotations
@@ -14,32 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from ckptconv import formats, ruletests, target
-from ckptconv.compare import compare, explain_missing_initial
 from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, printable
-from ckptconv.layout import renamed_versions
-from ckptconv.plan import Read
-from ckptconv.planner import make_plan
-from ckptconv.report.changes import Change, changes
-from ckptconv.report.model import Candidate, Difference, Inspection, LockReport, RuleReport, RunReport, difference
-from ckptconv.ruleset import builtin, lock
-from ckptconv.ruleset import model as ruleset
-from ckptconv.ruleset.model import RuleFile
-from ckptconv.ruleset.rewriting import rewritten
-from ckptconv.ruleset.testfile import is_test_file, rule_of, tests_of
 from ckptconv.spec import DType, Manifest, TensorSpec
-from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_word, open_source, rule_file, variables
-from ckptconv.stage.parity import parity_words
-from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
-from ckptconv.stage.producing import Progress, estimate, produce
-from ckptconv.verify import Evidence, climb
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ckptconv import ruletests
     from ckptconv.backwards import BackRule
+    from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
+    from ckptconv.ruleset.model import RuleFile
+    from ckptconv.stage.preparing import Options, Prepared
+    from ckptconv.stage.producing import Progress
 
-Rules = Union[str, Path, RuleFile]
+Rules = Union[str, Path, "RuleFile"]
 
 
 def run(
@@ -58,6 +47,11 @@ def run(
     >>> report.ladder.reached, list(torch.load(folder / "out.pth"))
     ('L0 L1 L3', ['weight'])
     """
+    from ckptconv.report.changes import changes
+    from ckptconv.report.model import RunReport
+    from ckptconv.stage.preparing import Options
+    from ckptconv.stage.producing import produce
+
     started = time.monotonic()
     chosen = Options(**options)
     prepared = _prepared(rules, Path(source), chosen, plan_file)
@@ -81,6 +75,12 @@ def plan(
     plan_file: str | Path | None = None, **options: Any,
 ) -> RunReport:  # fmt: skip
     """The dry run: what :func:`run` would write, its bytes and its peak memory. Reads headers only. ``out`` saves the plan as JSON."""
+    from ckptconv.plan import Read
+    from ckptconv.report.changes import changes
+    from ckptconv.report.model import RunReport
+    from ckptconv.stage.preparing import Options, saved_plan
+    from ckptconv.stage.producing import estimate
+
     started = time.monotonic()
     chosen = Options(**options)
     prepared = _prepared(rules, Path(source), chosen, plan_file)
@@ -109,6 +109,10 @@ def convert(state_dict: Mapping[str, Tensor], rules: Rules, *, set: Any = (), co
     from collections import OrderedDict
 
     from ckptconv.execute.memory_run import evaluate
+    from ckptconv.layout import renamed_versions
+    from ckptconv.plan import Read
+    from ckptconv.planner import make_plan
+    from ckptconv.stage.opening import rule_file, variables
 
     made = make_plan(
         rule_file(rules), manifest_of_state_dict(state_dict), given=variables(set), config=config, shown_source="the state_dict"
@@ -129,8 +133,13 @@ def load(
     Keys that the rule's ``allow: missing`` names may stay at their initial values, and the report says which. Raises
     :class:`~ckptconv.errors.FitError` when the result does not fit, and then the model is as it was.
     """
+    from ckptconv import target
+    from ckptconv.compare import compare, explain_missing_initial
     from ckptconv.execute.memory_run import LazyTensors, evaluate
     from ckptconv.execute.sources import Sources
+    from ckptconv.report.changes import changes
+    from ckptconv.report.model import RunReport
+    from ckptconv.stage.preparing import Options, prepare
 
     started = time.monotonic()
     chosen = Options(set=set, config=Path(config) if config is not None else None, select=select, use_rule_target=False)
@@ -153,6 +162,9 @@ def load(
 
 def inspect(source: str | Path, *, select: Sequence[str] = ()) -> Inspection:
     """What a checkpoint holds: every candidate state_dict (or the selected one). Reads headers only, never needs torch."""
+    from ckptconv.report.model import Candidate, Inspection
+    from ckptconv.stage.opening import choose, contents_of
+
     path = Path(source)
     contents = contents_of(path)
     candidates = tuple(
@@ -165,6 +177,8 @@ def inspect(source: str | Path, *, select: Sequence[str] = ()) -> Inspection:
 
 def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), force: bool = False, timeout: float = 300.0) -> Manifest:
     """Writes the manifest of a checkpoint or target as JSON, to be a target or a side of :func:`diff` later."""
+    from ckptconv.stage.opening import manifest_of_word
+
     manifest = manifest_of_word(source, select, timeout)
     write_text(Path(out), json.dumps(manifest.to_json(), ensure_ascii=False, indent=1) + "\n", force=force)
     return manifest
@@ -172,6 +186,9 @@ def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), f
 
 def diff(left: str, right: str, *, select: Sequence[str] = (), timeout: float = 300.0) -> Difference:
     """Names, shapes, dtypes and ties of two checkpoints, saved manifests or targets compared. Files need no torch."""
+    from ckptconv.report.model import difference
+    from ckptconv.stage.opening import manifest_of_word
+
     return difference(left, manifest_of_word(left, select, timeout), right, manifest_of_word(right, select, timeout))
 
 
@@ -183,6 +200,14 @@ def verify(
 
     ``level`` is 3, or 5 where ``parity`` says what the model's outputs are compared with.
     """
+    from ckptconv import formats, target
+    from ckptconv.report.changes import Change, changes
+    from ckptconv.report.model import RunReport
+    from ckptconv.stage.opening import open_source
+    from ckptconv.stage.parity import parity_words
+    from ckptconv.stage.preparing import Options, prepare
+    from ckptconv.verify import Evidence, climb
+
     started = time.monotonic()
     path = Path(destination)
     if (against is None) != (rules is None):
@@ -243,6 +268,9 @@ def check(rules: Sequence[str | Path]) -> list[tuple[str, tuple[Problem, ...]]]:
 
     Names of built-in rules work too, and a test file stands for its rule.
     """
+    from ckptconv.ruleset.model import RuleFile
+    from ckptconv.ruleset.testfile import tests_of
+
     found: list[tuple[str, tuple[Problem, ...]]] = []
     for word, parsed in _each_rule(rules):
         if isinstance(parsed, RuleFile):
@@ -262,6 +290,10 @@ def rule_tests(rules: Sequence[str | Path] | None = None, *, update: bool = Fals
 
     With ``update``, the `expect` of a failing test becomes what the rule makes, in its file; all else of the file stays as it is.
     """
+    from ckptconv.report.model import RuleReport
+    from ckptconv.ruleset import builtin
+    from ckptconv.ruleset.model import RuleFile
+
     if update and rules is None:
         raise UsageError(Problem("CK107", "--update rewrites files, and none is named", try_="ckptconv test rules/mine.yaml --update"))
     found: list[RuleReport] = []
@@ -286,6 +318,8 @@ def invert(
     :class:`~ckptconv.errors.UsageError` CK212 for what cannot come back, by step, unless ``lossy`` leaves that out.
     """
     from ckptconv.backwards import Lossy, rule_back
+    from ckptconv.ruleset.model import parse
+    from ckptconv.stage.opening import config_for, manifest_of_word, rule_file, variables
 
     parsed = rule_file(rules)
     manifest = manifest_of_word(str(like), select or parsed.header.select, timeout)
@@ -302,7 +336,7 @@ def invert(
     if out is not None:
         stem = Path(out).stem
         text = re.sub(r"^name: .*$", f"name: {stem}", back.text, count=1, flags=re.MULTILINE)
-        ruleset.parse(text.encode(), str(out), stem=stem)  # what is written is a rule file, whatever the file is called
+        parse(text.encode(), str(out), stem=stem)  # what is written is a rule file, whatever the file is called
         write_text(Path(out), text, force=force)
         return replace(back, text=text)
     return back
@@ -340,6 +374,9 @@ def lock_rules(folder: str | Path | None = None, *, check: bool = False) -> Lock
     Nothing is written where a rule changed its meaning under the same revision. ``check`` finds the rules that the lock does not know
     too, and never writes.
     """
+    from ckptconv.report.model import LockReport
+    from ckptconv.ruleset import builtin, lock
+
     where = Path(folder) if folder is not None else builtin.folder()
     path = where / lock.NAME
     rules, known = lock.rules_in(where), lock.read(where)
@@ -354,6 +391,10 @@ def lock_rules(folder: str | Path | None = None, *, check: bool = False) -> Lock
 
 
 def _tested(word: str, rules: RuleFile, update: bool) -> RuleReport:
+    from ckptconv import ruletests
+    from ckptconv.report.model import RuleReport
+    from ckptconv.stage.opening import rule_file
+
     outcomes = ruletests.run_tests(rules)
     changed = _updated(rules, outcomes) if update else ()
     if changed:
@@ -366,6 +407,10 @@ def _tested(word: str, rules: RuleFile, update: bool) -> RuleReport:
 
 def _updated(rules: RuleFile, outcomes: Sequence[ruletests.Outcome]) -> tuple[str, ...]:
     """Rewrites the `expect` of failing tests in their files; all of them or, where one cannot be mended, none. Gives back their names."""
+    from ckptconv import ruletests
+    from ckptconv.ruleset import builtin
+    from ckptconv.ruleset.rewriting import rewritten
+
     if rules.path is None or rules.builtin or builtin.is_installed(rules.path):
         raise UsageError(
             Problem("CK107", "--update leaves built-in rules as they are", where=printable(rules.file), try_="name a file by its path")
@@ -397,6 +442,9 @@ def _updated(rules: RuleFile, outcomes: Sequence[ruletests.Outcome]) -> tuple[st
 
 def _each_rule(words: Sequence[str | Path]) -> Iterator[tuple[str, RuleFile | CkptconvError]]:
     """Every rule that the words mean, once, or why it is none. A test file stands for its rule."""
+    from ckptconv.ruleset.testfile import is_test_file, rule_of
+    from ckptconv.stage.opening import rule_file
+
     seen: set[str] = set()
     for word in map(str, words):
         try:
@@ -427,6 +475,8 @@ def manifest_of_state_dict(state_dict: Mapping[str, Any]) -> Manifest:
 
 
 def _prepared(rules: Rules | None, source: Path, options: Options, plan_file: str | Path | None) -> Prepared:
+    from ckptconv.stage.preparing import prepare, prepare_saved
+
     if (rules is None) == (plan_file is None):
         raise UsageError(Problem("CK107", "give either RULES or --plan FILE"))
     return prepare(rules, source, options) if rules is not None else prepare_saved(Path(str(plan_file)), source, options)

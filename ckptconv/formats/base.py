@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from ckptconv.errors import Refusal
 from ckptconv.spec import Box, Manifest, TensorSpec, is_contiguous
 
+INDEX_SUFFIX = ".index.json"  #: of the file that says which shard holds which tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:

@@ -250,6 +250,9 @@ class SafetensorsWriter:
         return [(0, header)]
 
 
+WRITER = SafetensorsWriter()
+
+
 def _header_entry(spec: TensorSpec, begin: int) -> dict[str, Any]:
     shape = list(spec.shape)
     if spec.dtype is DType.float4_e2m1fn_x2:

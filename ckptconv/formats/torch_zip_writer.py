@@ -111,5 +111,8 @@ class TorchZipWriter:
         return data
 
 
+WRITER = TorchZipWriter()
+
+
 def _metadata_json(metadata: Mapping[str, str]) -> bytes:
     return json.dumps(dict(metadata), separators=(",", ":")).encode("ascii")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptconv._version import __version__
-from ckptconv.compare import Comparison
 from ckptconv.errors import Problem
 from ckptconv.names import collapse
-from ckptconv.report.changes import Change
 from ckptconv.spec import DType, Manifest
-from ckptconv.verify import Ladder
+from ckptconv.verify.rungs import Ladder
+
+if TYPE_CHECKING:
+    from ckptconv.compare import Comparison
+    from ckptconv.report.changes import Change
 
 
 @dataclass(frozen=True)
