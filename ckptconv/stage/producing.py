@@ -21,7 +21,7 @@ from ckptconv.execute.sources import Sources
 from ckptconv.execute.staging import Staging, refuse_overlap
 from ckptconv.formats.base import Placed
 from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, parse_size, renamed_versions
-from ckptconv.plan import Read
+from ckptconv.plan import Read, reads
 from ckptconv.stage.preparing import Options, Prepared
 from ckptconv.verify import Evidence, Ladder, climb
 
@@ -101,17 +101,21 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
     with Staging(destination, is_folder=shape.is_folder, force=options.force) as staging, Sources(source.files) as opened:
         folder, files = staging.folder, [staging.path_of(file.name) for file in layout.files]
         metadata = dict(layout.files[0].metadata)
+        verified = options.level is not None
+        meter = _Meter(tell, sum(slot.nbytes for file in layout.files for slot in file.slots.values()))
+        if verified:  # what is written is read back, and what the output does not take of the source is read, too
+            meter.total = 2 * meter.total + _untouched_nbytes(prepared)
         receipt = fill(prepared.plan, source.placed, opened, _named(layout, files), folder, kept=kept, threads=options.threads,
-                       max_memory=max_memory, progress=_counted(tell, "writing", prepared.plan.manifest.nbytes))  # fmt: skip
+                       max_memory=max_memory, digests=verified, sync=options.sync, progress=meter.counted("writing"))  # fmt: skip
         seal_all(_named(layout, files), receipt, metadata, folder)
         if layout.index is not None:
             staging.path_of(layout.index[0]).write_bytes(layout.index[1])
         ladder, source_digest = Ladder(), ""
         if options.level is not None:
-            nbytes = source.manifest.nbytes
-            digests = digest_tensors(opened, source.placed, threads=options.threads, progress=_counted(tell, "reading", nbytes))
+            digests = digest_tensors(opened, source.placed, threads=options.threads, known=receipt.source_digests, checked=receipt.checked,
+                                     progress=meter.counted("reading"))  # fmt: skip
             source_digest = content_digest(source.manifest, digests)
-            ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options), options.level)
+            ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options, meter.counted("verifying")), options.level)
         opened.check_unchanged()
         if ladder.failed is not None:
             rung = ladder.failed
@@ -163,15 +167,16 @@ def _metadata(prepared: Prepared) -> dict[str, str]:
 
 
 def _evidence(
-    prepared: Prepared, shape: Shape, folder: Path, files: list[Path], digests: Mapping[str, str], receipt: Receipt, options: Options
-) -> Evidence:
+    prepared: Prepared, shape: Shape, folder: Path, files: list[Path], digests: Mapping[str, str], receipt: Receipt, options: Options,
+    progress: Callable[[int], None],
+) -> Evidence:  # fmt: skip
     written, container = folder if shape.is_folder else files[0], prepared.source.container.path if options.keep_extras else "."
     parity = prepared.parity.request(written, container, prepared.plan, prepared.source, prepared.comparison) if prepared.parity else None
     return Evidence(
         files=files, read=lambda: formats.read(written), format=shape.format, plan=prepared.plan,
         source=prepared.source.placed, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
         target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, container=container,
-        timeout=options.timeout, threads=options.threads, parity=parity,
+        timeout=options.timeout, threads=options.threads, parity=parity, progress=progress,
     )  # fmt: skip
 
 
@@ -186,15 +191,28 @@ def _copy_neighbours(prepared: Prepared, staging: Staging) -> None:
             ) from None
 
 
-def _counted(tell: Progress, stage: str, total: int) -> Callable[[int], None]:
-    done = 0
+@dataclass
+class _Meter:
+    """One measure over writing, reading and verifying, in bytes."""
 
-    def step(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        tell(stage, done, total)
+    tell: Progress
+    total: int
+    done: int = 0
 
-    return step
+    def counted(self, stage: str) -> Callable[[int], None]:
+        """What takes the bytes of one stage as they are done."""
+
+        def step(nbytes: int) -> None:
+            self.done += nbytes
+            self.tell(stage, min(self.done, self.total), self.total)
+
+        return step
+
+
+def _untouched_nbytes(prepared: Prepared) -> int:
+    """Bytes of the source's tensors that no output reads, and that are read for the source's digest alone."""
+    used = {name for output in prepared.plan.outputs for name in reads(output.expr)}
+    return sum(placed.spec.nbytes for name, placed in prepared.source.placed.items() if name not in used)
 
 
 def _named(layout: Layout, files: list[Path]) -> list[Any]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ckptconv import formats
 from ckptconv.compare import Allow, compare
 from ckptconv.errors import CkptconvError, Problem, Refusal, printable
-from ckptconv.execute.digest import digest_tensors
-from ckptconv.execute.ranges import as_range
+from ckptconv.execute.digest import digest_spans, digest_tensors
+from ckptconv.execute.ranges import as_spans
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Container, Placed
 from ckptconv.names import collapse
@@ -41,13 +41,14 @@ class Evidence:
     source: Mapping[str, Placed] | None = None
     source_files: Sequence[Path] = ()
     source_digests: Mapping[str, str] = field(default_factory=dict)  #: of the source's tensors; empty: not taken
-    computed: Mapping[str, str] = field(default_factory=dict)  #: digests of computed outputs, from when they were written
+    computed: Mapping[str, str] = field(default_factory=dict)  #: digests of outputs, from when they were computed or copied
     target: Target | None = None
     wanted: Manifest | None = None
     allow: Allow = field(default_factory=Allow)
     parity: ParityRequest | None = None
     timeout: float = 300.0
     threads: int = 2
+    progress: Callable[[int], None] | None = None  #: takes the bytes that are read back
 
 
 class _Climb:
@@ -75,7 +76,7 @@ class _Climb:
         self.written = contents.containers[self.evidence.container]
         self.written_files = contents.files
         with Sources(contents.files) as opened:
-            self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads)
+            self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads, progress=evidence.progress)
         if evidence.plan is None:
             return Rung(0, "passed", f"{len(self.written.tensors):,} tensors read back, checksums match")
         problems = _manifest_problems(self.written.manifest, evidence.plan.manifest)
@@ -92,14 +93,14 @@ class _Climb:
         return Rung(0, "passed", f"{len(self.digests):,} tensors read back, digests match{against}")
 
     def _ranges(self, plan: Plan) -> dict[str, str]:
-        """Digests, from the source, of outputs that are rows of a source tensor or one under another shape."""
-        source = self.evidence.source
+        """Digests, from the source, of outputs that are ranges of its bytes, where they were not taken when these were copied."""
+        source, known = self.evidence.source, self.evidence.computed
         if source is None:
             return {}
-        found = {output.name: as_range(output.expr, source) for output in plan.stored if isinstance(output.expr, Apply)}
+        made = [output for output in plan.stored if isinstance(output.expr, Apply) and output.name not in known]
+        spans = {output.name: found for output in made if (found := as_spans(output.expr, source)) is not None}
         with Sources(self.evidence.source_files) as opened:
-            places = {name: place for name, place in found.items() if place is not None}
-            return digest_tensors(opened, places, threads=self.evidence.threads, check_crc=False)
+            return digest_spans(opened, spans, threads=self.evidence.threads)
 
     def _wanted_digest(self, output: Output) -> str | None:
         if isinstance(output.expr, Read):
