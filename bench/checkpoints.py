@@ -71,7 +71,10 @@ def _made(kind: str, folder: Path, gigabytes: float) -> None:
             save_file(state, folder / "in.safetensors")
     elif kind == "sharded":
         state = {f"module.{name}": value for name, value in language_model(gigabytes).items()}
-        for form, save, pattern in (("torch", torch.save, "pytorch_model-{:05}-of-{:05}.bin"), ("st", save_file, "model-{:05}-of-{:05}.safetensors")):
+        for form, save, pattern in (
+            ("torch", torch.save, "pytorch_model-{:05}-of-{:05}.bin"),
+            ("st", save_file, "model-{:05}-of-{:05}.safetensors"),
+        ):
             (folder / form).mkdir()
             weight_map = {}
             shards = list(_shards(state, 5))
@@ -104,7 +107,8 @@ def _made(kind: str, folder: Path, gigabytes: float) -> None:
 def _header_only(path: Path, count: int) -> None:
     """A safetensors file whose data is a hole: for plans, which read nothing else."""
     entries = {
-        f"blocks.{at // 10}.part{at % 10}.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [64 * at, 64 * at + 64]} for at in range(count)
+        f"blocks.{at // 10}.part{at % 10}.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [64 * at, 64 * at + 64]}
+        for at in range(count)
     }
     header = json.dumps(entries, separators=(",", ":")).encode()
     with path.open("wb") as stream:

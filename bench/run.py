@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import scripts
 from checkpoints import make
 from results import Must, machine, table, write_section
 from timing import Rounds, environment
+
+import scripts
 
 PYTHON = sys.executable
 CKPTCONV = [PYTHON, "-m", "ckptconv"]

@@ -32,7 +32,11 @@ _LAYERS = "model.layers.{i:int}."
 
 #: What is computed: the checkpoint, the steps of a rule, and the body of the script that makes ``out`` from ``state``.
 COMPUTED: dict[str, tuple[str, str, str]] = {
-    "cast fp32 → bf16": ("wide", "cast: {keys: '**', dtype: bfloat16}", "out = {name: value.to(torch.bfloat16) for name, value in state.items()}\n"),
+    "cast fp32 → bf16": (
+        "wide",
+        "cast: {keys: '**', dtype: bfloat16}",
+        "out = {name: value.to(torch.bfloat16) for name, value in state.items()}\n",
+    ),
     "qkv split": (
         "fused",
         "split: {from: 'h.{i:int}.attn.c_attn.weight', to: 'h.{i}.attn.{x:q|k|v}.weight'}",
@@ -77,7 +81,11 @@ def long_rule(steps: int = 660) -> str:
     """A rule file of about three lines a step."""
     lines = ["version: 1", "name: long", "summary: measured", "steps:"]
     for at in range(steps):
-        lines += ["  - rename:", f"      'encoder.block{at}.{{i:int}}.attn.{{p}}': 'layers.{at}.{{i}}.attention.{{p}}'", "    optional: true"]
+        lines += [
+            "  - rename:",
+            f"      'encoder.block{at}.{{i:int}}.attn.{{p}}': 'layers.{at}.{{i}}.attention.{{p}}'",
+            "    optional: true",
+        ]
     return "\n".join(lines) + "\n"
 
 

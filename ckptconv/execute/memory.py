@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 
 from ckptconv.errors import OutputError, Problem, printable
-from ckptconv.plan import Apply, Expr, Output, Plan, walk
+from ckptconv.plan import Apply, Expr, Output, Plan, islands, walk
 
 BUFFERS_NBYTES = 2 << 20  #: of each worker that copies
 PYTHON_NBYTES = 56 << 20  #: the process itself, with the metadata of an ordinary checkpoint
@@ -55,20 +55,21 @@ def fixed_nbytes(threads: int, *, computes: bool) -> int:
 
 def plan_peak(plan: Plan, threads: int) -> int:
     """The most bytes that a run with ``threads`` workers needs: the largest islands side by side, and what is always needed."""
-    peaks = heapq.nlargest(threads, (peak_nbytes(island) for island in plan.islands()))
+    made = [output for output in plan.stored if isinstance(output.expr, Apply)]  # what is only read is copied through the buffers
+    peaks = heapq.nlargest(threads, (peak_nbytes(island) for island in islands(made)))
     return sum(peaks) + fixed_nbytes(threads, computes=any(peaks))
 
 
-def budget_nbytes(islands: Sequence[Sequence[Output]], peaks: Sequence[int], threads: int, max_memory: int | None) -> int | None:
+def budget_nbytes(groups: Sequence[Sequence[Output]], peaks: Sequence[int], threads: int, max_memory: int | None) -> int | None:
     """What tensors may take of ``max_memory``. Raises :class:`~ckptconv.errors.OutputError` CK503 where one island alone needs more."""
     if max_memory is None:
         return None
     fixed = fixed_nbytes(threads, computes=any(peaks))
     peak, at = max(((peak, -at) for at, peak in enumerate(peaks)), default=(0, 0))
     if fixed + peak > max_memory:
-        whose = f"{printable(islands[-at][0].name)} and its like need {peak:,} bytes at once, and " if peak else ""
+        whose = f"{printable(groups[-at][0].name)} and its like need {peak:,} bytes at once, and " if peak else ""
         raise OutputError(
             Problem("CK503", f"{whose}the process {fixed:,} bytes: --max-memory allows {max_memory:,}",
-                    where=str(islands[-at][0].origin) if peak else "", try_=f"--max-memory {(fixed + peak) // 10**6 + 1}MB")
+                    where=str(groups[-at][0].origin) if peak else "", try_=f"--max-memory {(fixed + peak) // 10**6 + 1}MB")
         )  # fmt: skip
     return max_memory - fixed
