@@ -66,7 +66,7 @@ def run(
         tuple(changes(prepared.plan)), tuple(notes), _left_behind(prepared, chosen), prepared.target.text if prepared.target else "",
         prepared.comparison, prepared.allowed, produced.ladder,
         {"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
-        time.monotonic() - started,
+        time.monotonic() - started, tuple(worker.to_json() for worker in produced.receipt.workers),
     )  # fmt: skip
 
 

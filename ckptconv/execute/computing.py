@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ckptconv.errors import FitError, Problem, Refusal, printable
@@ -51,6 +53,8 @@ class Compute:
             problem = Problem(refusal.code, f"{printable(current.name)}: {refusal.what}", str(current.origin), refusal.found, refusal.try_)
             raise FitError(problem) from None
         self.bench.add(found)
+        if self.peak_nbytes >= _CHUNK:
+            _malloc_trim()(0)
 
     def _read(self, node: Read, found: Found) -> Tensor:
         """A source tensor. Its checksums are taken now, while its bytes are in the cache: it need not be read again for them."""
@@ -128,10 +132,23 @@ class Compute:
         return True
 
 
-def single_threaded_kernels(workers: int) -> Callable[[], None]:
-    """Workers are the parallelism: a kernel that opens threads of its own on top only makes them wait for each other."""
+def kernel_threads(count: int) -> Callable[[], None]:
+    """How many threads a kernel may open. Gives the way back.
+
+    One, where the workers are the parallelism already: more would only make them wait for each other.
+    """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // workers))
+    torch.set_num_threads(count)
     return lambda: torch.set_num_threads(before)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int]:
+    """glibc keeps what large tensors leave behind, for each thread apart; this gives it back. Elsewhere nothing need be done."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return lambda _: 0
+    return found

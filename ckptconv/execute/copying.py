@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckptconv.execute.checksums import Checksums
+from ckptconv.execute.cloning import clone
 from ckptconv.execute.sources import Sources, checksum_mismatch
 
 BLOCK = 1 << 20
@@ -43,6 +44,11 @@ class Copy:
     @property
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def checked(self) -> bool:
+        """True when its bytes must be seen, in order and by one worker."""
+        return self.crc or self.digest
 
 
 @dataclass(slots=True)
@@ -88,7 +94,7 @@ def batches(copies: Iterable[Copy]) -> list[list[Copy]]:
 def _merged(copies: Iterable[Copy]) -> Iterator[Copy]:
     last: Copy | None = None
     for copy in copies:
-        for part in [copy] if copy.crc or copy.digest else _apart(copy):
+        for part in [copy] if copy.checked else _apart(copy):
             both = _joined(last, part) if last is not None else None
             if both is None and last is not None:
                 yield last
@@ -105,7 +111,7 @@ def _apart(copy: Copy) -> Iterator[Copy]:
 
 
 def _joined(one: Copy, other: Copy) -> Copy | None:
-    if one.crc or one.digest or other.crc or other.digest:
+    if one.checked or other.checked:
         return None
     a, b = one.pieces[0], other.pieces[0]
     if a.file != b.file or a.offset + a.nbytes != b.offset or one.destination + a.nbytes != other.destination:
@@ -114,7 +120,7 @@ def _joined(one: Copy, other: Copy) -> Copy | None:
 
 
 def _cut(copy: Copy) -> Iterator[Copy]:
-    if copy.crc or copy.digest:
+    if copy.checked:
         yield copy
         return
     (piece,) = copy.pieces
@@ -129,7 +135,9 @@ class Copier:
         self._sources, self._report, self._stop = sources, report, stop
         self._buffer = memoryview(bytearray(BLOCK))
         self._span = memoryview(b"")
+        self._clones = True  #: until the first time that it cannot be done
         self.found = Found()
+        self.cloned_nbytes = 0
 
     def run(self, batch: Sequence[Copy], descriptor: int) -> None:
         """Copies a batch, and notes the checksums in ``found``; gives up quietly when another worker failed.
@@ -147,20 +155,38 @@ class Copier:
         to = copy.destination
         for piece in copy.pieces:
             sums = self._sums(copy, piece)
-            for at in range(0, piece.nbytes, BLOCK):
-                if self._stop.is_set():
-                    return
-                part = self._buffer[: min(BLOCK, piece.nbytes - at)]
-                self._sources.read_into(piece.file, piece.offset + at, part)
-                sums.update(part)
-                if total is not None:
-                    total.update(part)
-                write_at(descriptor, to, part)
-                to += len(part)
-                self._report(len(part))
+            begin, end = self._cloned(piece, descriptor, to)
+            for start, stop, is_there in ((0, begin, False), (begin, end, True), (end, piece.nbytes, False)):
+                if is_there and not copy.checked:
+                    self._report(stop - start)
+                    continue
+                for at in range(start, stop, BLOCK):
+                    if self._stop.is_set():
+                        return
+                    part = self._buffer[: min(BLOCK, stop - at)]
+                    self._sources.read_into(piece.file, piece.offset + at, part)
+                    sums.update(part)
+                    if total is not None:
+                        total.update(part)
+                    if not is_there:
+                        write_at(descriptor, to + at, part)
+                    self._report(len(part))
+            to += piece.nbytes
             self._note(copy, piece, sums)
         if total is not None:
             self.found.note(copy.output, total)
+
+    def _cloned(self, piece: Piece, descriptor: int, to: int) -> tuple[int, int]:
+        """The part of the piece that need not be copied, because the filesystem shares it."""
+        if not self._clones:
+            return 0, 0
+        try:
+            begin, end = clone(self._sources.descriptors[piece.file], piece.offset, descriptor, to, piece.nbytes)
+        except OSError:  # copying says what is wrong, if anything is
+            self._clones = False
+            return 0, 0
+        self.cloned_nbytes += end - begin
+        return begin, end
 
     def _gathered(self, batch: Sequence[Copy], descriptor: int) -> None:
         """Small ranges: read in one go where they lie close together, written together where their destinations touch."""
@@ -175,11 +201,11 @@ class Copier:
                 part = self._buffer[filled : filled + piece.nbytes]
                 part[:] = next(pieces)
                 filled += piece.nbytes
-                if copy.crc or copy.digest:
+                if copy.checked:
                     sums = self._sums(copy, piece)
                     sums.update(part)
                     self._note(copy, piece, sums)
-            if len(copy.pieces) > 1 and (copy.crc or copy.digest):
+            if len(copy.pieces) > 1 and copy.checked:
                 total = Checksums(crc=copy.crc, digest=copy.digest)
                 total.update(self._buffer[begin:filled])
                 self.found.note(copy.output, total)
@@ -196,7 +222,7 @@ class Copier:
             self.found.checked.add((piece.file, piece.offset))
         if piece.tensor and sums.digest:
             self.found.tensors[piece.tensor] = sums.digest
-        if len(copy.pieces) == 1 and (copy.crc or copy.digest):
+        if len(copy.pieces) == 1 and copy.checked:
             self.found.note(copy.output, sums)
 
     def _read(self, pieces: Sequence[Piece]) -> Iterator[memoryview]:

@@ -31,15 +31,22 @@ class Worker:
     tell: Callable[[int], None]
     stop: threading.Event
     copied_nbytes: int = 0
+    cloned_nbytes: int = 0  #: of these, shared with the source by the filesystem
     computed_nbytes: int = 0
     seconds: float = 0.0
     belongings: dict[str, object] = field(default_factory=dict)  #: what tasks leave for later ones of the same thread
+
+    def to_json(self) -> dict[str, int | float]:
+        return {
+            "number": self.number, "copied_nbytes": self.copied_nbytes, "cloned_nbytes": self.cloned_nbytes,
+            "computed_nbytes": self.computed_nbytes, "seconds": round(self.seconds, 3),
+        }  # fmt: skip
 
 
 class Crew:
     """Runs tasks on ``threads`` workers, in their order, never more at once than fit into ``budget`` bytes."""
 
-    def __init__(self, threads: int, tell: Callable[[int], None], budget: int | None = None) -> None:
+    def __init__(self, threads: int, tell: Callable[[int], None], budget: int) -> None:
         self._threads, self._tell, self._free = threads, tell, budget
         self._lock = threading.Condition()
         self._running = 0
@@ -94,11 +101,10 @@ class Crew:
         with self._lock:
             while self._waiting and not self.stop.is_set():
                 for at, task in enumerate(self._waiting):
-                    if self._free is None or task.peak_nbytes <= self._free or not self._running:
+                    if task.peak_nbytes <= self._free or not self._running:
                         del self._waiting[at]
                         self._running += 1
-                        if self._free is not None:
-                            self._free -= task.peak_nbytes
+                        self._free -= task.peak_nbytes
                         return task
                 self._lock.wait()
             return None
@@ -106,6 +112,5 @@ class Crew:
     def _done(self, task: Task) -> None:
         with self._lock:
             self._running -= 1
-            if self._free is not None:
-                self._free += task.peak_nbytes
+            self._free += task.peak_nbytes
             self._lock.notify_all()

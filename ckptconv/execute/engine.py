@@ -115,9 +115,9 @@ def fill(
             for batch in batches(sorted(found, key=lambda copy: copy.destination))
         ]
         if groups:
-            from ckptconv.execute.computing import Compute, single_threaded_kernels
+            from ckptconv.execute.computing import Compute, kernel_threads
 
-            stack.callback(single_threaded_kernels(threads))
+            stack.callback(kernel_threads(1 if sum(sorted(peaks)[-threads:]) <= budget else threads))
             # The largest islands first: the last worker to finish then has a small one.
             tasks += sorted(
                 (Compute(group, bench, peak) for group, peak in zip(groups, peaks, strict=True)), key=lambda task: -task.peak_nbytes
@@ -144,9 +144,10 @@ class CopyRanges:
         copier = worker.belongings.get("copier")
         if not isinstance(copier, Copier):
             copier = worker.belongings["copier"] = Copier(self.bench.sources, worker.tell, worker.stop)
-        copier.found = Found()
+        copier.found, copier.cloned_nbytes = Found(), 0
         copier.run(self.batch, self.bench.descriptors[self.file])
         self.bench.add(copier.found)
+        worker.cloned_nbytes += copier.cloned_nbytes
         last = self.batch[-1]
         worker.copied_nbytes += sum(copy.nbytes for copy in self.batch)
         if self.bench.sync:

@@ -10,6 +10,7 @@ from ckptconv.plan import Apply, Expr, Output, Plan, islands, walk
 
 BUFFERS_NBYTES = 2 << 20  #: of each worker that copies
 PYTHON_NBYTES = 56 << 20  #: the process itself, with the metadata of an ordinary checkpoint
+BESIDE_NBYTES = 64 << 20  #: that other islands may take beside the largest one
 TORCH_NBYTES = 280 << 20  #: … once it has imported torch
 
 
@@ -54,16 +55,19 @@ def fixed_nbytes(threads: int, *, computes: bool) -> int:
 
 
 def plan_peak(plan: Plan, threads: int) -> int:
-    """The most bytes that a run with ``threads`` workers needs: the largest islands side by side, and what is always needed."""
+    """The most bytes that a run with ``threads`` workers needs: the islands that run side by side, and what is always needed."""
     made = [output for output in plan.stored if isinstance(output.expr, Apply)]  # what is only read is copied through the buffers
     peaks = heapq.nlargest(threads, (peak_nbytes(island) for island in islands(made)))
-    return sum(peaks) + fixed_nbytes(threads, computes=any(peaks))
+    return min(sum(peaks), max(peaks, default=0) + BESIDE_NBYTES) + fixed_nbytes(threads, computes=any(peaks))
 
 
-def budget_nbytes(groups: Sequence[Sequence[Output]], peaks: Sequence[int], threads: int, max_memory: int | None) -> int | None:
-    """What tensors may take of ``max_memory``. Raises :class:`~ckptconv.errors.OutputError` CK503 where one island alone needs more."""
+def budget_nbytes(groups: Sequence[Sequence[Output]], peaks: Sequence[int], threads: int, max_memory: int | None) -> int:
+    """What tensors may take: of ``max_memory``; where nothing is said, the largest island beside some small ones.
+
+    Raises :class:`~ckptconv.errors.OutputError` CK503 where one island alone needs more than is allowed.
+    """
     if max_memory is None:
-        return None
+        return max(peaks, default=0) + BESIDE_NBYTES
     fixed = fixed_nbytes(threads, computes=any(peaks))
     peak, at = max(((peak, -at) for at, peak in enumerate(peaks)), default=(0, 0))
     if fixed + peak > max_memory:

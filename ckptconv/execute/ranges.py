@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ckptconv.formats.base import Placed, Storage
-from ckptconv.plan import Apply, Expr, Read
+from ckptconv.plan import Apply, Expr, Output, Read
 from ckptconv.transforms import Concat, Rearrange, Reshape, Slice
 from ckptconv.transforms.rearrange import Side, sides
+
+_PAGE = 4096
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +84,13 @@ def _keeps_order(pattern: str) -> bool:
 
 def _axes(side: Side) -> list[str | None]:
     return [axis for group in side for axis in (group if group is not None else (None,))]
+
+
+def phases_of(outputs: Iterable[Output], placed: Mapping[str, Placed]) -> dict[str, int]:
+    """Where in their page large outputs lie in the source, of those that are one range of it."""
+    found = {}
+    for output in outputs:
+        spans = as_spans(output.expr, placed) if output.expr.spec.nbytes >= _LARGE else None
+        if spans is not None and len(spans) == 1:
+            found[output.name] = (spans[0].storage.offset + spans[0].offset) % _PAGE
+    return found

@@ -34,6 +34,7 @@ class RunReport:
     ladder: Ladder = field(default_factory=Ladder)
     cost: Mapping[str, int] = field(default_factory=dict)  #: copied_nbytes, computed_nbytes, peak_nbytes
     seconds: float = 0.0
+    workers: tuple[Mapping[str, Any], ...] = ()  #: of a run: number, copied_nbytes, cloned_nbytes, computed_nbytes, seconds
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -42,6 +43,7 @@ class RunReport:
             "skipped": dict(self.skipped), "target": self.target, "fits": None if self.comparison is None else self.comparison.fits,
             "coverage": None if self.comparison is None else self.comparison.coverage, "allowed": self.allowed,
             "verification": self.ladder.to_json(), "cost": dict(self.cost), "seconds": round(self.seconds, 3),
+            "workers": [dict(worker) for worker in self.workers],
         }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ckptconv.errors import FitError, OutputError, Problem, Refusal, UsageError,
 from ckptconv.execute.digest import content_digest, digest_tensors
 from ckptconv.execute.engine import Receipt, fill, seal_all
 from ckptconv.execute.memory import plan_peak
+from ckptconv.execute.ranges import phases_of
 from ckptconv.execute.sources import Sources
 from ckptconv.execute.staging import Staging, refuse_overlap
 from ckptconv.formats.base import Placed
@@ -144,6 +145,7 @@ def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layou
     layout = lay_out(
         plan.manifest, shape.destination, format=shape.format, is_folder=shape.is_folder, shard_nbytes=shape.shard_nbytes,
         metadata=_metadata(prepared), module_versions=renamed_versions(source.container.module_versions, renamed) or None, tree=tree,
+        phases=phases_of(plan.stored, source.placed),
     )  # fmt: skip
     return layout, kept, left_out
 
