@@ -1,103 +1,217 @@
-"""Timings in pairs: ckptconv against `cp` and against the script that people write, each contender in a process of its own.
+"""Timings in pairs: ckptconv against `cp`, against the script that people write, and against transformers.
 
-Prints medians, the ratio to `cp` of the same round, and the peak memory of the process. `--gigabytes` sets the size; the files are made
-anew and removed again.
+    python bench/run.py [--only copy|computed|startup|plan|verify] [--gigabytes 2] [--rounds 5] [--folder TMP] [--no-write]
+
+Checkpoints are made anew in a temporary folder and removed again. Each part replaces its section of bench/RESULTS.md.
 """
+
+from __future__ import annotations
 
 import argparse
-import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-SCRIPT_TORCH = """
-import sys, torch
-state = torch.load(sys.argv[1], weights_only=True)
-torch.save({name.removeprefix("module."): value for name, value in state.items()}, sys.argv[2])
-"""
-SCRIPT_SAFETENSORS = """
-import sys
-from safetensors.torch import load_file, save_file
-state = load_file(sys.argv[1])
-save_file({name.removeprefix("module."): value for name, value in state.items()}, sys.argv[2])
-"""
+from checkpoints import make
+from results import Must, machine, table, write_section
+from timing import Rounds, environment
+
+import scripts
+
+PYTHON = sys.executable
+CKPTCONV = [PYTHON, "-m", "ckptconv"]
+QUICK = ["--force", "--quiet", "--no-sync", "--verify", "none"]
+RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
-MAKE = """
-import sys, torch
-from safetensors.torch import save_file
-folder, rows, tensors = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-state = {f"module.layers.{at}.weight": torch.randn(rows, 2048).to(torch.bfloat16) for at in range(tensors)}
-torch.save(state, f"{folder}/in.pth")
-save_file(state, f"{folder}/in.safetensors")
-"""
+class Bench:
+    """One call: where the checkpoints go, how large they are, and how often each contender runs."""
+
+    def __init__(self, folder: Path, gigabytes: float, rounds: int, write: bool) -> None:
+        self.folder, self.gigabytes, self.rounds, self.write = folder, gigabytes, rounds, write
+        self._sections: dict[str, list[str]] = {}
+
+    def measure(self, title: str, what: str, contenders: Mapping[str, Sequence[str]], base: str, musts: Sequence[Must]) -> None:
+        """Runs the contenders, prints their table and adds it to the section ``title``."""
+        print(f"{title}: {what}", file=sys.stderr)
+        found = Rounds(contenders, self.rounds, environment(self.folder))
+        text = f"{what[:1].upper()}{what[1:]}; {self.rounds} rounds on {machine(self.folder)}.\n\n{table(found, base, musts)}"
+        print(text, flush=True)
+        self._sections.setdefault(title, []).append(text)
+        if self.write:
+            write_section(RESULTS, title, "\n".join(self._sections[title]))
+
+    def run(self, rules: str, source: Path, out: str, *options: str) -> list[str]:
+        return [*CKPTCONV, "run", rules, str(source), str(self.folder / out), *options]
+
+    def made(self, kind: str, *names: str, gigabytes: float | None = None) -> list[Path]:
+        make(kind, self.folder, self.gigabytes if gigabytes is None else gigabytes)
+        return [self.folder / name for name in names]
+
+    def clear(self) -> None:
+        """Removes everything but the compiled modules."""
+        import shutil
+
+        for path in self.folder.iterdir():
+            if path.name != "pycache":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def written(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text, encoding="utf-8")
+        return path
 
 
-def make(folder: Path, gigabytes: float, tensors: int = 300) -> tuple[Path, Path]:
-    """A language model's worth of bf16 tensors, as .pth and as .safetensors.
+def copy(bench: Bench) -> None:
+    """Names change, bytes do not."""
+    size = f"{bench.gigabytes:g} GiB, 300 tensors in bf16"
+    for kind, name in (("torch", "in.pth"), ("safetensors", "in.safetensors")):
+        (source,) = bench.made(kind, name)
+        out = str(bench.folder / "out")
+        other = "safetensors" if kind == "torch" else "torch"
+        suffix = {"torch": ".pth", "safetensors": ".safetensors"}
+        same, cross = f"ckptconv → {suffix[kind]}", f"ckptconv → {suffix[other]}"
+        reordered = bench.written("reorder.yaml", scripts.rule("reorder", "keep: ['module.lm_head.weight', 'module.model.{rest:**}']"))
+        contenders = {
+            "cp": ["cp", str(source), f"{out}.cp"],
+            same: bench.run("dataparallel", source, f"out{suffix[kind]}", *QUICK),
+            f"{same}, kept by pattern": bench.run(str(reordered), source, f"out2{suffix[kind]}", *QUICK),
+            f"{same}, one thread": bench.run("dataparallel", source, f"out{suffix[kind]}", *QUICK, "--threads", "1"),
+            cross: bench.run("dataparallel", source, f"out{suffix[other]}", *QUICK),
+            "cp, sync": ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", str(source), f"{out}.cp"],
+            f"{same}, durable": bench.run("dataparallel", source, f"out{suffix[kind]}", "--force", "--quiet", "--verify", "none"),
+            f"script → {suffix[kind]}": [PYTHON, "-c", scripts.RENAMES[kind, kind], str(source), f"{out}.script{suffix[kind]}"],
+            f"script → {suffix[other]}": [PYTHON, "-c", scripts.RENAMES[kind, other], str(source), f"{out}.script{suffix[other]}"],
+        }
+        musts = [
+            Must(same, 1.15, "cp"), Must(same, 0, peak_mib=60), Must(f"{same}, kept by pattern", 1.15, "cp"),
+            Must(cross, 1.3 if kind == "torch" else 1.5, "cp"), Must(cross, 3, f"script → {suffix[other]}", faster=True),
+            Must(f"{same}, durable", 0.9, "cp, sync"),
+        ]  # fmt: skip
+        if kind == "torch":
+            musts.append(Must(same, 6, f"script → {suffix[kind]}", faster=True))
+        bench.measure("copy", f"one {suffix[kind]} file of {size}", contenders, "cp", musts)
+        bench.clear()
+    _sharded(bench, size)
+    _transformers(bench, size)
 
-    In a process of its own: a child's peak memory is counted from before it became another program, so this one must stay small.
-    """
-    rows = int(gigabytes * 2**30 / 2 / tensors / 2048)
-    subprocess.run([sys.executable, "-c", MAKE, folder, str(rows), str(tensors)], check=True)
-    return folder / "in.pth", folder / "in.safetensors"
+
+def _sharded(bench: Bench, size: str) -> None:
+    torch, safetensors = bench.made("sharded", "torch", "st")
+    out = bench.folder
+    contenders = {
+        "cp -r": ["cp", "-r", str(torch), str(out / "cp")],
+        "ckptconv, 5 .bin": bench.run("dataparallel", torch, "bin/", *QUICK, "--shard-size", "500MB"),
+        "ckptconv, 5 .safetensors": bench.run("dataparallel", safetensors, "shards/", *QUICK, "--shard-size", "500MB"),
+    }
+    musts = [Must(name, 1.15, "cp -r") for name in contenders if name != "cp -r"]
+    musts += [Must(name, 0, peak_mib=60) for name in contenders if name != "cp -r"]
+    for name in ("bin", "shards"):
+        (out / name).mkdir()
+    bench.measure("copy", f"folders of shards, {size}", contenders, "cp -r", musts)
+    bench.clear()
 
 
-def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds, and the peak resident memory of the process in bytes."""
-    os.sync()  # what the one before has written must not be paid for by this one
-    started = time.perf_counter()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    return seconds, usage.ru_maxrss * 1024
+def _transformers(bench: Bench, size: str) -> None:
+    (model,) = bench.made("hf", "hf")
+    nothing = bench.written("nothing.yaml", scripts.rule("nothing", "rename: {'model.norm.{p}': 'model.final_norm.{p}'}"))
+    (bench.folder / "out").mkdir()
+    contenders = {
+        "cp -r": ["cp", "-r", str(model), str(bench.folder / "cp")],
+        "ckptconv": bench.run(str(nothing), model, "out/", *QUICK),
+        "transformers": [PYTHON, "-c", scripts.TRANSFORMERS, str(model), str(bench.folder / "theirs")],
+    }
+    bench.measure("copy", f"a model's folder, {size}, against from_pretrained / save_pretrained", contenders, "cp -r", [])
+    bench.clear()
+
+
+def computed(bench: Bench) -> None:
+    """Values or their order change."""
+    size = bench.gigabytes / 2
+    bench.made("wide", gigabytes=size)
+    for name, (source, step, _) in scripts.COMPUTED.items():
+        rules = bench.written("measured.yaml", scripts.rule("measured", step))
+        path = bench.folder / f"{source}.pth"
+        script, ours = f"script: {name}", f"ckptconv: {name}"
+        contenders = {
+            script: [PYTHON, "-c", scripts.computed_script(name), str(path), str(bench.folder / "script.pth")],
+            ours: bench.run(str(rules), path, "out.pth", *QUICK),
+            f"{ours}, one thread": bench.run(str(rules), path, "out.pth", *QUICK, "--threads", "1"),
+        }
+        bench.measure("computed", f"{name}, about {size:g} GiB", contenders, script, [Must(ours, 2, script, faster=True)])
+    bench.clear()
+
+
+def startup(bench: Bench) -> None:
+    """Whole processes that do little."""
+    pth, safetensors = bench.made("small", "small.pth", "small.safetensors")
+    rules = bench.written("long.yaml", scripts.long_rule())
+    contenders = {
+        "python -c pass": [PYTHON, "-c", "pass"],
+        "--help": [*CKPTCONV, "--help"],
+        "check, 2,000 lines": [*CKPTCONV, "check", str(rules)],
+        "inspect .pth, 20,000 tensors": [*CKPTCONV, "inspect", str(pth)],
+        "inspect .safetensors, 20,000 tensors": [*CKPTCONV, "inspect", str(safetensors)],
+        "import torch": [PYTHON, "-c", "import torch"],
+    }
+    musts = [
+        Must("--help", 0.2), Must("check, 2,000 lines", 0.5), Must("inspect .pth, 20,000 tensors", 0.6),
+        Must("inspect .safetensors, 20,000 tensors", 0.6),
+    ]  # fmt: skip
+    bench.measure("startup", "whole processes", contenders, "", musts)
+    bench.clear()
+
+
+def plan(bench: Bench) -> None:
+    """Headers only."""
+    small, large = bench.made("headers", "many20000.safetensors", "many500000.safetensors")
+    hundred, twenty = (bench.written(f"patterns{n}.yaml", scripts.patterns_rule(f"patterns{n}", n)) for n in (100, 20))
+    first, second = "20,000 tensors × 100 patterns", "500,000 tensors × 20 patterns"
+    contenders = {
+        first: [*CKPTCONV, "plan", str(hundred), str(small)],
+        second: [*CKPTCONV, "plan", str(twenty), str(large)],
+    }
+    musts = [Must(first, 1.5), Must(second, 15), Must(second, 0, peak_mib=1.5e9 / 2**20)]
+    bench.measure("plan", "rename patterns over names", contenders, "", musts)
+    bench.clear()
+
+
+def verify(bench: Bench) -> None:
+    """What the proof costs on top of the run."""
+    (source,) = bench.made("torch", "in.pth")
+    (model,) = bench.made("hf", "hf", gigabytes=bench.gigabytes)
+    levels = {"none": "none", "L1": "1", "L3": "3"}
+    contenders = {
+        f"run, --verify {label}": bench.run("dataparallel", source, "out.pth", "--force", "--quiet", "--no-sync", "--verify", level)
+        for label, level in levels.items()
+    }
+    contenders["building the model"] = [PYTHON, "-c", scripts.BUILD, str(model)]
+    contenders["run, --verify L2"] = bench.run(
+        "dataparallel", source, "out.pth", "--force", "--quiet", "--no-sync", "--verify", "2", "--target", f"hf:{model}"
+    )
+    bench.measure("verify", f"a rename of {bench.gigabytes:g} GiB", contenders, "run, --verify none", [
+        Must("run, --verify L1", 1.4, "run, --verify none"),
+    ])  # fmt: skip
+    bench.clear()
+
+
+PARTS: Mapping[str, Callable[[Bench], None]] = {each.__name__: each for each in (copy, computed, startup, plan, verify)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append", help="may be given several times")
+    parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder where nothing is said")
+    parser.add_argument("--no-write", action="store_true", help="leave RESULTS.md as it is")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
-        folder = Path(name)
-        pth, safetensors = make(folder, given.gigabytes)
-        out = folder / "out"
-        run = [sys.executable, "-m", "ckptconv", "run", "dataparallel"]
-        quick = ["--force", "--quiet", "--no-sync", "--verify", "none"]
-        contenders = {
-            "cp": ["cp", str(pth), f"{out}.cp"],
-            "ckptconv .pth → .pth": [*run, str(pth), f"{out}.pth", *quick],
-            "ckptconv .pth → .pth, verified L3": [*run, str(pth), f"{out}.pth", "--force", "--quiet", "--no-sync"],
-            "ckptconv .pth → safetensors": [*run, str(pth), f"{out}.safetensors", *quick],
-            "ckptconv safetensors → safetensors": [*run, str(safetensors), f"{out}.safetensors", *quick],
-            "ckptconv safetensors → .pth": [*run, str(safetensors), f"{out}.pth", *quick],
-            "script .pth → .pth": [sys.executable, "-c", SCRIPT_TORCH, str(pth), f"{out}.script.pth"],
-            "script safetensors → safetensors": [sys.executable, "-c", SCRIPT_SAFETENSORS, str(safetensors), f"{out}.script.safetensors"],
-        }
-        rounds: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
-        for at in range(given.rounds + 1):
-            for label, command in contenders.items():
-                found = timed(command)
-                if at:  # the first round warms the cache
-                    rounds[label].append(found)
-    print(
-        f"{given.gigabytes} GiB, {given.rounds} rounds, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n"
-    )
-    print("| contender | seconds | × cp | peak memory |\n|---|---|---|---|")
-    for label, found in rounds.items():
-        ratio = statistics.median(mine[0] / cp[0] for mine, cp in zip(found, rounds["cp"], strict=True))
-        peak = max(memory for _, memory in found) / 2**20
-        print(f"| {label} | {statistics.median(seconds for seconds, _ in found):.2f} | {ratio:.2f} | {peak:.0f} MiB |")
+        bench = Bench(Path(name), given.gigabytes, given.rounds, not given.no_write)
+        for part in given.only or PARTS:
+            PARTS[part](bench)
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     main()

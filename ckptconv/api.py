@@ -1,6 +1,7 @@
 """The whole job as functions: ``run``, ``plan``, ``convert``, ``load``, ``inspect``, ``diff``, ``verify``, ``check``.
 
-The command line calls these and nothing else. Problems come as :class:`~ckptconv.errors.CkptconvError`, all of them at once.
+The command line calls these and nothing else. Problems come as :class:`~ckptconv.errors.CkptconvError`, all of them at once. Each
+function imports what it needs: ``inspect`` does not wait for the rule language, nor ``check`` for the readers of checkpoints.
 """
 
 from __future__ import annotations
@@ -16,33 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from ckptconv import formats, ruletests, target
-from ckptconv.compare import compare, explain_missing_initial
 from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, printable
-from ckptconv.layout import renamed_versions
-from ckptconv.plan import Read, as_it_is
-from ckptconv.planner import make_plan
-from ckptconv.report.changes import changes
-from ckptconv.report.model import Candidate, Difference, Inspection, LockReport, RuleReport, RunReport, difference
-from ckptconv.ruleset import builtin, lock
-from ckptconv.ruleset import model as ruleset
-from ckptconv.ruleset.model import RuleFile
-from ckptconv.ruleset.rewriting import rewritten
-from ckptconv.ruleset.testfile import is_test_file, rule_of, tests_of
 from ckptconv.spec import DType, Manifest, TensorSpec
-from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_word, open_source, rule_file, variables
-from ckptconv.stage.parity import parity_words
-from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
-from ckptconv.stage.producing import Progress, counted, estimate, produce
-from ckptconv.stage.recorded import differing_rules, recorded, rules_of
-from ckptconv.verify import Evidence, climb
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ckptconv import ruletests
     from ckptconv.backwards import BackRule
+    from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
+    from ckptconv.ruleset.model import RuleFile
+    from ckptconv.stage.preparing import Options, Prepared
+    from ckptconv.stage.producing import Progress
 
-Rules = Union[str, Path, RuleFile]
+Rules = Union[str, Path, "RuleFile"]
 
 
 def run(
@@ -61,6 +49,9 @@ def run(
     >>> report.ladder.reached, list(torch.load(folder / "out.pth"))
     ('L0 L1 L3', ['weight'])
     """
+    from ckptconv.stage.preparing import Options
+    from ckptconv.stage.producing import produce
+
     started = time.monotonic()
     chosen = Options(**options)
     with _with_report("run", chosen, destination):
@@ -74,7 +65,7 @@ def run(
     return replace(
         report, source={**report.source, "digest": produced.source_digest}, notes=report.notes + left_out, ladder=produced.ladder,
         cost={"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - started, workers=tuple(worker.to_json() for worker in produced.receipt.workers),
     )  # fmt: skip
 
 
@@ -83,6 +74,10 @@ def plan(
     plan_file: str | Path | None = None, **options: Any,
 ) -> RunReport:  # fmt: skip
     """The dry run: what :func:`run` would write, its bytes and its peak memory. Reads headers only. ``out`` saves the plan as JSON."""
+    from ckptconv.plan import Read
+    from ckptconv.stage.preparing import Options, saved_plan
+    from ckptconv.stage.producing import estimate
+
     started = time.monotonic()
     chosen = Options(**options)
     with _with_report("plan", chosen, destination or ""):
@@ -111,6 +106,10 @@ def convert(state_dict: Mapping[str, Tensor], rules: Rules, *, set: Any = (), co
     from collections import OrderedDict
 
     from ckptconv.execute.memory_run import evaluate
+    from ckptconv.layout import renamed_versions
+    from ckptconv.plan import Read
+    from ckptconv.planner import make_plan
+    from ckptconv.stage.opening import rule_file, variables
 
     made = make_plan(
         rule_file(rules), manifest_of_state_dict(state_dict), given=variables(set), config=config, shown_source="the state_dict"
@@ -131,8 +130,11 @@ def load(
     Keys that the rule's ``allow: missing`` names may stay at their initial values, and the report says which. Raises
     :class:`~ckptconv.errors.FitError` when the result does not fit, and then the model is as it was.
     """
+    from ckptconv import target
+    from ckptconv.compare import compare, explain_missing_initial
     from ckptconv.execute.memory_run import LazyTensors, evaluate
     from ckptconv.execute.sources import Sources
+    from ckptconv.stage.preparing import Options, prepare
 
     started = time.monotonic()
     chosen = Options(set=set, config=Path(config) if config is not None else None, select=select, use_rule_target=False)
@@ -155,6 +157,9 @@ def load(
 
 def inspect(source: str | Path, *, select: Sequence[str] = ()) -> Inspection:
     """What a checkpoint holds: every candidate state_dict (or the selected one). Reads headers only, never needs torch."""
+    from ckptconv.report.model import Candidate, Inspection
+    from ckptconv.stage.opening import choose, contents_of
+
     path = Path(source)
     contents = contents_of(path)
     candidates = tuple(
@@ -167,6 +172,8 @@ def inspect(source: str | Path, *, select: Sequence[str] = ()) -> Inspection:
 
 def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), force: bool = False, timeout: float = 300.0) -> Manifest:
     """Writes the manifest of a checkpoint or target as JSON, to be a target or a side of :func:`diff` later."""
+    from ckptconv.stage.opening import manifest_of_word
+
     manifest = manifest_of_word(source, select, timeout)
     refuse_to_overwrite(Path(out), [source])
     write_text(Path(out), json.dumps(manifest.to_json(), ensure_ascii=False, indent=1) + "\n", force=force)
@@ -175,6 +182,9 @@ def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), f
 
 def diff(left: str, right: str, *, select: Sequence[str] = (), timeout: float = 300.0) -> Difference:
     """Names, shapes, dtypes and ties of two checkpoints, saved manifests or targets compared. Files need no torch."""
+    from ckptconv.report.model import difference
+    from ckptconv.stage.opening import manifest_of_word
+
     return difference(left, manifest_of_word(left, select, timeout), right, manifest_of_word(right, select, timeout))
 
 
@@ -187,6 +197,17 @@ def verify(
     Without ``rules``, the built-in rule that the file recorded is taken, in the revision that it recorded. ``level`` is 3, or 5 where
     ``parity`` says what the model's outputs are compared with.
     """
+    from ckptconv import formats, target
+    from ckptconv.compare import compare
+    from ckptconv.plan import as_it_is
+    from ckptconv.report.model import RunReport
+    from ckptconv.stage.opening import open_source, rule_file
+    from ckptconv.stage.parity import parity_words
+    from ckptconv.stage.preparing import Options, prepare
+    from ckptconv.stage.producing import counted
+    from ckptconv.stage.recorded import differing_rules, recorded, rules_of
+    from ckptconv.verify import Evidence, climb
+
     started = time.monotonic()
     path = Path(destination)
     if against is None and rules is not None:
@@ -254,6 +275,9 @@ def check(rules: Sequence[str | Path]) -> list[tuple[str, tuple[Problem, ...]]]:
 
     Names of built-in rules work too, and a test file stands for its rule.
     """
+    from ckptconv.ruleset.model import RuleFile
+    from ckptconv.ruleset.testfile import tests_of
+
     found: list[tuple[str, tuple[Problem, ...]]] = []
     for word, parsed in _each_rule(rules):
         if isinstance(parsed, RuleFile):
@@ -273,6 +297,10 @@ def rule_tests(rules: Sequence[str | Path] | None = None, *, update: bool = Fals
 
     With ``update``, the `expect` of a failing test becomes what the rule makes, in its file; all else of the file stays as it is.
     """
+    from ckptconv.report.model import RuleReport
+    from ckptconv.ruleset import builtin
+    from ckptconv.ruleset.model import RuleFile
+
     if update and rules is None:
         raise UsageError(Problem("CK107", "--update rewrites files, and none is named", try_="ckptconv test rules/mine.yaml --update"))
     found: list[RuleReport] = []
@@ -297,6 +325,8 @@ def invert(
     :class:`~ckptconv.errors.UsageError` CK212 for what cannot come back, by step, unless ``lossy`` leaves that out.
     """
     from ckptconv.backwards import Lossy, rule_back
+    from ckptconv.ruleset import model as ruleset
+    from ckptconv.stage.opening import config_for, manifest_of_word, rule_file, variables
 
     parsed = rule_file(rules)
     manifest = manifest_of_word(str(like), select or parsed.header.select, timeout)
@@ -352,6 +382,9 @@ def lock_rules(folder: str | Path | None = None, *, check: bool = False) -> Lock
     Nothing is written where a rule changed its meaning under the same revision. ``check`` finds the rules that the lock does not know
     too, and never writes.
     """
+    from ckptconv.report.model import LockReport
+    from ckptconv.ruleset import builtin, lock
+
     where = Path(folder) if folder is not None else builtin.folder()
     path = where / lock.NAME
     rules, known = lock.rules_in(where), lock.read(where)
@@ -366,6 +399,10 @@ def lock_rules(folder: str | Path | None = None, *, check: bool = False) -> Lock
 
 
 def _tested(word: str, rules: RuleFile, update: bool) -> RuleReport:
+    from ckptconv import ruletests
+    from ckptconv.report.model import RuleReport
+    from ckptconv.stage.opening import rule_file
+
     outcomes = ruletests.run_tests(rules)
     changed = _updated(rules, outcomes) if update else ()
     if changed:
@@ -378,6 +415,10 @@ def _tested(word: str, rules: RuleFile, update: bool) -> RuleReport:
 
 def _updated(rules: RuleFile, outcomes: Sequence[ruletests.Outcome]) -> tuple[str, ...]:
     """Rewrites the `expect` of failing tests in their files; all of them or, where one cannot be mended, none. Gives back their names."""
+    from ckptconv import ruletests
+    from ckptconv.ruleset import builtin
+    from ckptconv.ruleset.rewriting import rewritten
+
     if rules.path is None or rules.builtin or builtin.is_installed(rules.path):
         raise UsageError(
             Problem("CK107", "--update leaves built-in rules as they are", where=printable(rules.file), try_="name a file by its path")
@@ -409,6 +450,9 @@ def _updated(rules: RuleFile, outcomes: Sequence[ruletests.Outcome]) -> tuple[st
 
 def _each_rule(words: Sequence[str | Path]) -> Iterator[tuple[str, RuleFile | CkptconvError]]:
     """Every rule that the words mean, once, or why it is none. A test file stands for its rule."""
+    from ckptconv.ruleset.testfile import is_test_file, rule_of
+    from ckptconv.stage.opening import rule_file
+
     seen: set[str] = set()
     for word in map(str, words):
         try:
@@ -439,6 +483,8 @@ def manifest_of_state_dict(state_dict: Mapping[str, Any]) -> Manifest:
 
 
 def _prepared(rules: Rules | None, source: Path, options: Options, plan_file: str | Path | None) -> Prepared:
+    from ckptconv.stage.preparing import prepare, prepare_saved
+
     if (rules is None) == (plan_file is None):
         raise UsageError(Problem("CK107", "give either RULES or --plan FILE"))
     return prepare(rules, source, options) if rules is not None else prepare_saved(Path(str(plan_file)), source, options)
@@ -446,6 +492,9 @@ def _prepared(rules: Rules | None, source: Path, options: Options, plan_file: st
 
 def _report(command: str, prepared: Prepared, options: Options, destination: Mapping[str, Any]) -> RunReport:
     """What is known of a conversion before anything is written."""
+    from ckptconv.report.changes import changes
+    from ckptconv.report.model import RunReport
+
     return RunReport(
         command, _rules_json(prepared), _source_json(prepared), destination, tuple(changes(prepared.plan)), prepared.notes,
         _left_behind(prepared, options), prepared.target.text if prepared.target else "", prepared.comparison, prepared.allowed,
@@ -456,6 +505,8 @@ def _report(command: str, prepared: Prepared, options: Options, destination: Map
 @contextmanager
 def _with_report(command: str, options: Options, destination: str | Path) -> Iterator[None]:
     """An error that comes when the conversion is prepared says what was known by then, as a report."""
+    from ckptconv.stage.preparing import Prepared
+
     try:
         yield
     except CkptconvError as error:

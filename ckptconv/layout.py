@@ -62,8 +62,9 @@ def lay_out(
     metadata: Mapping[str, str] | None = None,
     module_versions: Mapping[str, Mapping[str, Any]] | None = None,
     tree: Any = None,
+    phases: Mapping[str, int] | None = None,
 ) -> Layout:
-    """The files that hold ``manifest``.
+    """The files that hold ``manifest``; ``phases`` as :meth:`~ckptconv.formats.base.Writer.lay_out` takes them.
 
     Raises :class:`~ckptconv.errors.InputError` CK504 for what the format cannot hold (a dtype, a header past its limit), and
     :class:`~ckptconv.errors.UsageError` CK209 for names that cannot be written.
@@ -78,7 +79,7 @@ def lay_out(
                 destination,
                 is_folder,
                 shard_nbytes,
-                {"metadata": metadata or {}, "module_versions": module_versions, "tree": tree},
+                {"metadata": metadata or {}, "module_versions": module_versions, "tree": tree, "phases": phases},
             )
     except Refusal as refusal:
         refusals = [refusal]

@@ -27,6 +27,9 @@ class Read:
     name: str
     spec: TensorSpec
 
+    def __hash__(self) -> int:  # names tell them apart, and there may be half a million
+        return hash(self.name)
+
     @property
     def arguments(self) -> tuple[Expr, ...]:
         return ()
@@ -249,6 +252,8 @@ def islands(outputs: Sequence[Output]) -> list[tuple[Output, ...]]:
 
 def reads(expression: Expr) -> tuple[str, ...]:
     """The source names that an expression is made of, in order, each once."""
+    if isinstance(expression, Read):
+        return (expression.name,)
     return tuple(dict.fromkeys(node.name for node in walk([expression]) if isinstance(node, Read)))
 
 

@@ -202,12 +202,10 @@ class Output:
 
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.errors, transient=True) as bar:
-            tasks: dict[str, Any] = {}
+            task = bar.add_task("planning", total=None)
 
             def tell(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bar.add_task(stage, total=total)
-                bar.update(tasks[stage], completed=done)
+                bar.update(task, description=stage, completed=done, total=total)
 
             yield tell
 

@@ -1,104 +1,253 @@
 """Byte ranges from source files into an output file, by several threads through small buffers.
 
 Two threads that read and write through a buffer each were measured faster than one `copy_file_range` and than `cp`; short reads and
-writes go on where they stopped, so any filesystem will do.
+writes go on where they stopped, so any filesystem will do. What is read is in the cache: that is when checksums cost least.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from ckptconv.execute.sources import Sources
+from ckptconv.execute.checksums import Checksums
+from ckptconv.execute.cloning import clone
+from ckptconv.execute.sources import Sources, checksum_mismatch
 
 BLOCK = 1 << 20
 _PART = 16 << 20  # a large range is cut into parts of this size, so that threads can share it
+_NEAR = 4096  # small ranges with no more than this between them are read in one go
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of a source file."""
+
+    file: int
+    offset: int
+    nbytes: int
+    tensor: str = ""  #: the source tensor that these bytes are, all of it
+    crc32: int | None = None  #: what the source records of just these bytes, to be compared
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One range. ``slot`` asks for the CRC-32 of the whole range, reported under that name; such a range is not cut."""
+    """Pieces that lie one after the other in the output file. What is to be checksummed is neither cut nor merged."""
 
-    file: int
-    source: int
     destination: int
-    nbytes: int
-    slot: str = ""
+    pieces: tuple[Piece, ...]
+    output: str = ""
+    crc: bool = False  #: wants the CRC-32 of the whole
+    digest: bool = False  #: wants the digest of the whole, and of each piece that is a tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def checked(self) -> bool:
+        """True when its bytes must be seen, in order and by one worker."""
+        return self.crc or self.digest
+
+
+@dataclass(slots=True)
+class Found:
+    """Checksums of bytes that passed; several workers' are put together by :meth:`add`."""
+
+    crc32: dict[str, int] = field(default_factory=dict)  #: by output
+    outputs: dict[str, str] = field(default_factory=dict)  #: digests by output
+    tensors: dict[str, str] = field(default_factory=dict)  #: digests by source tensor
+    checked: set[tuple[int, int]] = field(default_factory=set)  #: (file, offset) of storages whose recorded CRC-32 is right
+
+    def add(self, other: Found) -> None:
+        self.crc32 |= other.crc32
+        self.outputs |= other.outputs
+        self.tensors |= other.tensors
+        self.checked |= other.checked
+
+    def note(self, output: str, sums: Checksums) -> None:
+        """The checksums of a whole output."""
+        self.crc32[output] = sums.crc
+        if sums.digest:
+            self.outputs[output] = sums.digest
 
 
 def batches(copies: Iterable[Copy]) -> list[list[Copy]]:
     """Work for threads: neighbours that stay neighbours become one range, large ranges are cut, small ones go together."""
-    merged: list[Copy] = []
-    for copy in copies:
-        last = merged[-1] if merged else None
-        if (
-            last is not None and not last.slot and not copy.slot and last.file == copy.file
-            and last.source + last.nbytes == copy.source and last.destination + last.nbytes == copy.destination
-        ):  # fmt: skip
-            merged[-1] = Copy(last.file, last.source, last.destination, last.nbytes + copy.nbytes)
-        else:
-            merged.append(copy)
     work: list[list[Copy]] = []
     small: list[Copy] = []
     size = 0
-    for copy in merged:
-        if copy.nbytes >= BLOCK:
-            step = copy.nbytes if copy.slot else _PART
-            work += [
-                [Copy(copy.file, copy.source + at, copy.destination + at, min(step, copy.nbytes - at), copy.slot)]
-                for at in range(0, copy.nbytes, step)
-            ]
+    for copy in _merged(copies):
+        nbytes = copy.nbytes
+        if nbytes >= BLOCK:
+            work += [[part] for part in _cut(copy)]
             continue
-        if small and (size + copy.nbytes > BLOCK or copy.destination < small[-1].destination):
+        if small and (size + nbytes > BLOCK or copy.destination < small[-1].destination):
             work.append(small)
             small, size = [], 0
         small.append(copy)
-        size += copy.nbytes
+        size += nbytes
     return work + ([small] if small else [])
 
 
+def _merged(copies: Iterable[Copy]) -> Iterator[Copy]:
+    last: Copy | None = None
+    for copy in copies:
+        for part in [copy] if copy.checked else _apart(copy):
+            both = _joined(last, part) if last is not None else None
+            if both is None and last is not None:
+                yield last
+            last = both or part
+    if last is not None:
+        yield last
+
+
+def _apart(copy: Copy) -> Iterator[Copy]:
+    at = copy.destination
+    for piece in copy.pieces:
+        yield Copy(at, (piece,))
+        at += piece.nbytes
+
+
+def _joined(one: Copy, other: Copy) -> Copy | None:
+    if one.checked or other.checked:
+        return None
+    a, b = one.pieces[0], other.pieces[0]
+    if a.file != b.file or a.offset + a.nbytes != b.offset or one.destination + a.nbytes != other.destination:
+        return None
+    return Copy(one.destination, (Piece(a.file, a.offset, a.nbytes + b.nbytes),))
+
+
+def _cut(copy: Copy) -> Iterator[Copy]:
+    if copy.checked:
+        yield copy
+        return
+    (piece,) = copy.pieces
+    for at in range(0, piece.nbytes, _PART):
+        yield Copy(copy.destination + at, (Piece(piece.file, piece.offset + at, min(_PART, piece.nbytes - at)),))
+
+
 class Copier:
-    """One worker's buffer and what it does with it."""
+    """One worker's buffers, and what it does with them."""
 
     def __init__(self, sources: Sources, report: Callable[[int], None], stop: threading.Event) -> None:
         self._sources, self._report, self._stop = sources, report, stop
         self._buffer = memoryview(bytearray(BLOCK))
+        self._span = memoryview(b"")
+        self._clones = True  #: until the first time that it cannot be done
+        self.found = Found()
+        self.cloned_nbytes = 0
 
-    def run(self, descriptor: int, batch: Sequence[Copy]) -> dict[str, int]:
-        """Copies a batch into one file and gives back the CRC-32 of each slot; gives up quietly when another worker failed."""
-        if len(batch) > 1:
-            return self._gathered(descriptor, batch)
-        (copy,) = batch
-        crc = 0
-        for at in range(0, copy.nbytes, BLOCK):
-            if self._stop.is_set():
-                return {}
-            part = self._buffer[: min(BLOCK, copy.nbytes - at)]
-            self._sources.read_into(copy.file, copy.source + at, part)
-            if copy.slot:
-                crc = zlib.crc32(part, crc)
-            write_at(descriptor, copy.destination + at, part)
-            self._report(len(part))
-        return {copy.slot: crc} if copy.slot else {}
+    def run(self, batch: Sequence[Copy], descriptor: int) -> None:
+        """Copies a batch, and notes the checksums in ``found``; gives up quietly when another worker failed.
 
-    def _gathered(self, descriptor: int, batch: Sequence[Copy]) -> dict[str, int]:
-        """Small ranges: read one after the other into the buffer, written together where their destinations touch."""
-        start, filled, crc32 = batch[0].destination, 0, dict[str, int]()
+        Raises :class:`~ckptconv.errors.InputError` CK312 where bytes are not those whose CRC-32 the source records.
+        """
+        if len(batch) == 1 and batch[0].nbytes >= BLOCK:
+            self._streamed(batch[0], descriptor)
+        else:
+            self._gathered(batch, descriptor)
+
+    def _streamed(self, copy: Copy, descriptor: int) -> None:
+        """A large range, block by block."""
+        total = Checksums(crc=copy.crc, digest=copy.digest) if len(copy.pieces) > 1 else None
+        to = copy.destination
+        for piece in copy.pieces:
+            sums = self._sums(copy, piece)
+            begin, end = self._cloned(piece, descriptor, to)
+            for start, stop, is_there in ((0, begin, False), (begin, end, True), (end, piece.nbytes, False)):
+                if is_there and not copy.checked:
+                    self._report(stop - start)
+                    continue
+                for at in range(start, stop, BLOCK):
+                    if self._stop.is_set():
+                        return
+                    part = self._buffer[: min(BLOCK, stop - at)]
+                    self._sources.read_into(piece.file, piece.offset + at, part)
+                    sums.update(part)
+                    if total is not None:
+                        total.update(part)
+                    if not is_there:
+                        write_at(descriptor, to + at, part)
+                    self._report(len(part))
+            to += piece.nbytes
+            self._note(copy, piece, sums)
+        if total is not None:
+            self.found.note(copy.output, total)
+
+    def _cloned(self, piece: Piece, descriptor: int, to: int) -> tuple[int, int]:
+        """The part of the piece that need not be copied, because the filesystem shares it."""
+        if not self._clones:
+            return 0, 0
+        try:
+            with self._sources.descriptors.use(piece.file) as source:
+                begin, end = clone(source, piece.offset, descriptor, to, piece.nbytes)
+        except OSError:  # copying says what is wrong, if anything is
+            self._clones = False
+            return 0, 0
+        self.cloned_nbytes += end - begin
+        return begin, end
+
+    def _gathered(self, batch: Sequence[Copy], descriptor: int) -> None:
+        """Small ranges: read in one go where they lie close together, written together where their destinations touch."""
+        pieces = self._read([piece for copy in batch for piece in copy.pieces])
+        start, filled = batch[0].destination, 0
         for copy in batch:
             if start + filled != copy.destination:
                 write_at(descriptor, start, self._buffer[:filled])
                 start, filled = copy.destination, 0
-            part = self._buffer[filled : filled + copy.nbytes]
-            self._sources.read_into(copy.file, copy.source, part)
-            if copy.slot:
-                crc32[copy.slot] = zlib.crc32(part)
-            filled += copy.nbytes
+            begin = filled
+            for piece in copy.pieces:
+                part = self._buffer[filled : filled + piece.nbytes]
+                part[:] = next(pieces)
+                filled += piece.nbytes
+                if copy.checked:
+                    sums = self._sums(copy, piece)
+                    sums.update(part)
+                    self._note(copy, piece, sums)
+            if len(copy.pieces) > 1 and copy.checked:
+                total = Checksums(crc=copy.crc, digest=copy.digest)
+                total.update(self._buffer[begin:filled])
+                self.found.note(copy.output, total)
         write_at(descriptor, start, self._buffer[:filled])
         self._report(sum(copy.nbytes for copy in batch))
-        return crc32
+
+    def _sums(self, copy: Copy, piece: Piece) -> Checksums:
+        return Checksums(crc=copy.crc or piece.crc32 is not None, digest=copy.digest)
+
+    def _note(self, copy: Copy, piece: Piece, sums: Checksums) -> None:
+        if piece.crc32 is not None:
+            if sums.crc != piece.crc32:
+                raise checksum_mismatch(self._sources.files[piece.file], piece.offset, piece.tensor or copy.output)
+            self.found.checked.add((piece.file, piece.offset))
+        if piece.tensor and sums.digest:
+            self.found.tensors[piece.tensor] = sums.digest
+        if len(copy.pieces) == 1 and copy.checked:
+            self.found.note(copy.output, sums)
+
+    def _read(self, pieces: Sequence[Piece]) -> Iterator[memoryview]:
+        """The bytes of each, good until the next are asked for."""
+        if not self._span:
+            self._span = memoryview(bytearray(BLOCK))
+        near: list[Piece] = []
+        for piece in pieces:
+            if near and not (
+                piece.file == near[0].file
+                and 0 <= piece.offset - (near[-1].offset + near[-1].nbytes) <= _NEAR
+                and piece.offset + piece.nbytes - near[0].offset <= BLOCK
+            ):
+                yield from self._read_near(near)
+                near = []
+            near.append(piece)
+        yield from self._read_near(near)
+
+    def _read_near(self, near: Sequence[Piece]) -> Iterator[memoryview]:
+        first, last = near[0].offset, near[-1].offset + near[-1].nbytes
+        span = self._span[: last - first]
+        self._sources.read_into(near[0].file, first, span)
+        for piece in near:
+            yield span[piece.offset - first : piece.offset - first + piece.nbytes]
 
 
 def write_at(descriptor: int, offset: int, data: memoryview | bytes) -> None:

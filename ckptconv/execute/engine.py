@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import xxhash
 
 from ckptconv import formats
-from ckptconv.errors import FitError, OutputError, Problem, Refusal, printable
-from ckptconv.execute.copying import Copier, Copy, batches, write_at
+from ckptconv.execute import writeback
+from ckptconv.execute.checksums import Checksums
+from ckptconv.execute.copying import Copier, Copy, Found, Piece, batches, write_at
+from ckptconv.execute.crew import Crew, Task, Worker
 from ckptconv.execute.descriptors import Descriptors
-from ckptconv.execute.memory import peak_nbytes
-from ckptconv.execute.memory_run import computed
-from ckptconv.execute.ranges import as_range
-from ckptconv.execute.sources import Sources, bytes_of
+from ckptconv.execute.memory import budget_nbytes, peak_nbytes
+from ckptconv.execute.ranges import Span, as_spans
+from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import FileLayout, Placed
 from ckptconv.plan import Output, Plan, Read, islands
 
 Report = Callable[[int], None]
-_CHUNK = 8 << 20
+_EMPTY_DIGEST = Checksums(crc=False, digest=True).digest
 
 
 @dataclass(frozen=True)
@@ -35,17 +31,33 @@ class Receipt:
     """What filling leaves behind for sealing and verifying."""
 
     crc32: Mapping[str, Mapping[str, int]]  #: file -> slot -> CRC-32, for formats that want it
-    digests: Mapping[str, str]  #: output -> xxh3_128 of its bytes, for computed outputs
+    digests: Mapping[str, str]  #: output -> xxh3_128 of its bytes: of computed outputs, and of copied ones where digests were wanted
+    source_digests: Mapping[str, str]  #: source tensor -> xxh3_128, of those that were read whole, where digests were wanted
+    checked: frozenset[tuple[int, int]]  #: (file, offset) of source storages whose recorded CRC-32 was compared on the way
     copied_nbytes: int
     computed_nbytes: int
+    workers: tuple[Worker, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """An output's slot: which file, where."""
+@dataclass
+class Bench:
+    """What every task needs, and where they leave what they found."""
 
-    file: str
-    offset: int
+    placed: Mapping[str, Placed]
+    sources: Sources
+    where: Mapping[str, tuple[str, int]]  #: output -> file, offset
+    wants_crc: Mapping[str, bool]
+    digests: bool  #: take them of what is copied and read, not only of what is computed
+    sync: bool  #: the files will be fsynced: start writing early
+    outputs: Descriptors
+    number: Mapping[str, int]  #: of each file among the outputs
+    found: Found = field(default_factory=Found)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, found: Found) -> None:
+        """Notes what a worker found."""
+        with self._lock:
+            self.found.add(found)
 
 
 def fill(
@@ -58,208 +70,123 @@ def fill(
     kept: Mapping[str, Placed] | None = None,
     threads: int = 2,
     max_memory: int | None = None,
+    digests: bool = False,
+    sync: bool = False,
     progress: Report | None = None,
 ) -> Receipt:
     """Writes every tensor's bytes into its slot of the files in ``folder``. Headers are written by :func:`seal_all`.
 
+    With ``digests``, those of the source's tensors and of the outputs are taken while the bytes pass, and recorded CRC-32s compared. With
+    ``sync``, pages are sent to the disk early, because an fsync will come.
+
     Raises :class:`~ckptconv.errors.FitError` for a transform that refuses the values, :class:`~ckptconv.errors.InputError` for a source
-    that changed, :class:`~ckptconv.errors.OutputError` where memory does not suffice, ``OSError`` where the disk does not.
+    that changed or is damaged, :class:`~ckptconv.errors.OutputError` where memory does not suffice, ``OSError`` where the disk does not.
     """
-    where = {name: _Place(layout.name, slot.offset) for layout in layouts for name, slot in layout.slots.items()}
-    wants_crc = {layout.name: layout.needs_crc for layout in layouts}
+    everything = {**placed, **kept} if kept else placed
+    paths = [folder / layout.name for layout in layouts]
+    outputs = Descriptors(lambda at: os.open(paths[at], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    bench = Bench(
+        everything, sources, {name: (layout.name, slot.offset) for layout in layouts for name, slot in layout.slots.items()},
+        {layout.name: layout.needs_crc for layout in layouts}, digests, sync, outputs, {layout.name: at for at, layout in enumerate(layouts)},
+    )  # fmt: skip
     crc32: dict[str, dict[str, int]] = {layout.name: {} for layout in layouts}
     copies: dict[str, list[Copy]] = {layout.name: [] for layout in layouts}
     to_compute: list[Output] = []
     copied = 0
     for output in (*plan.stored, *(Output(name, Read(name, place.spec)) for name, place in (kept or {}).items())):
-        source = as_range(output.expr, {**placed, **kept} if kept else placed)
-        if source is None:
+        spans = as_spans(output.expr, everything)
+        if spans is None:
             to_compute.append(output)
             continue
-        place, nbytes = where[output.name], source.spec.nbytes
-        copied += nbytes
-        slot = ""
-        if wants_crc[place.file]:
-            whole = source.offset == 0 and nbytes == source.storage.nbytes and source.storage.crc32 is not None
-            if whole:
-                crc32[place.file][output.name] = source.storage.crc32 or 0
-            elif nbytes:
-                slot = output.name
-            else:
-                crc32[place.file][output.name] = 0
-        if nbytes:
-            copies[place.file].append(Copy(source.storage.file, source.storage.offset + source.offset, place.offset, nbytes, slot))
+        file, offset = bench.where[output.name]
+        copied += output.expr.spec.nbytes
+        recorded = _recorded_crc(spans) if bench.wants_crc[file] else None
+        if recorded is not None:
+            crc32[file][output.name] = recorded
+        copy = _copy(output.name, offset, spans, crc=bench.wants_crc[file] and recorded is None, digest=digests)
+        if copy.pieces:
+            copies[file].append(copy)
+        elif digests:
+            bench.found.outputs[output.name] = _EMPTY_DIGEST
     groups = islands(to_compute)
-    _check_memory(groups, max_memory)
-    everything = {**placed, **(kept or {})}
-    number = {layout.name: at for at, layout in enumerate(layouts)}
-    with closing(_outputs(layouts, folder)) as descriptors:
-        crew = _Crew(threads, progress or (lambda _: None))
-        crew.tasks += [(_copy, (name, batch)) for name, found in copies.items() for batch in batches(sorted(found, key=_by_destination))]
-        # The largest islands first: the last worker to finish then has a small one.
-        crew.tasks += [(_compute, (group,)) for group in sorted(groups, key=lambda group: -sum(each.expr.spec.nbytes for each in group))]
-        found_crc, digests = crew.run(_Bench(everything, sources, descriptors, number, where, wants_crc))
-    for file, slot_name, value in found_crc:
-        crc32[file][slot_name] = value
-    return Receipt(crc32, digests, copied, sum(output.expr.spec.nbytes for output in to_compute))
-
-
-def _by_destination(copy: Copy) -> int:
-    return copy.destination
-
-
-def _check_memory(groups: Iterable[Sequence[Output]], max_memory: int | None) -> None:
-    for group in groups if max_memory is not None else ():
-        needed = peak_nbytes(group)
-        if max_memory is not None and needed > max_memory:
-            raise OutputError(
-                Problem("CK503", f"{printable(group[0].name)} and its like need {needed:,} bytes at once; --max-memory allows {max_memory:,}",
-                        where=str(group[0].origin), try_=f"--max-memory {needed // 10**6 + 1}MB")
-            )  # fmt: skip
-
-
-def _outputs(layouts: Sequence[FileLayout], folder: Path) -> Descriptors:
-    """The output files at their full sizes. Space is asked for now, where the filesystem can promise it: a full disk shows before the work."""
-    paths = [folder / layout.name for layout in layouts]
-    descriptors = Descriptors(lambda at: os.open(paths[at], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-    try:
+    peaks = [peak_nbytes(group) for group in groups]
+    budget = budget_nbytes(groups, peaks, threads, max_memory)
+    with ExitStack() as stack, closing(outputs):
         for at, layout in enumerate(layouts):
-            with descriptors.use(at) as descriptor:
-                os.ftruncate(descriptor, layout.nbytes)
-                if layout.nbytes and hasattr(os, "posix_fallocate"):
-                    try:
-                        os.posix_fallocate(descriptor, 0, layout.nbytes)
-                    except OSError as error:
-                        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                            raise
-    except BaseException:
-        descriptors.close()
-        raise
-    return descriptors
+            with outputs.use(at) as descriptor:
+                _sized(descriptor, layout.nbytes)
+        tasks: list[Task] = [
+            CopyRanges(name, batch, bench)
+            for name, found in copies.items()
+            for batch in batches(sorted(found, key=lambda copy: copy.destination))
+        ]
+        if groups:
+            from ckptconv.execute.computing import Compute, kernel_threads
+
+            stack.callback(kernel_threads(1 if sum(sorted(peaks)[-threads:]) <= budget else threads))
+            # The largest islands first: the last worker to finish then has a small one.
+            tasks += sorted(
+                (Compute(group, bench, peak) for group, peak in zip(groups, peaks, strict=True)), key=lambda task: -task.peak_nbytes
+            )
+        workers = Crew(threads, progress or (lambda _: None), budget).run(tasks)
+    for name, value in bench.found.crc32.items():
+        crc32[bench.where[name][0]].setdefault(name, value)
+    return Receipt(
+        crc32, bench.found.outputs, bench.found.tensors, frozenset(bench.found.checked), copied,
+        sum(output.expr.spec.nbytes for output in to_compute), workers,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """What every task needs."""
+class CopyRanges:
+    """A batch of byte ranges, by one worker."""
 
-    placed: Mapping[str, Placed]
-    sources: Sources
-    descriptors: Descriptors
-    number: Mapping[str, int]  #: of each file among the descriptors
-    where: Mapping[str, _Place]
-    wants_crc: Mapping[str, bool]
+    file: str
+    batch: Sequence[Copy]
+    bench: Bench
+    peak_nbytes: int = 0
+
+    def run(self, worker: Worker) -> None:
+        copier = worker.belongings.get("copier")
+        if not isinstance(copier, Copier):
+            copier = worker.belongings["copier"] = Copier(self.bench.sources, worker.tell, worker.stop)
+        copier.found, copier.cloned_nbytes = Found(), 0
+        last, begin = self.batch[-1], self.batch[0].destination
+        with self.bench.outputs.use(self.bench.number[self.file]) as descriptor:
+            copier.run(self.batch, descriptor)
+            if self.bench.sync:
+                writeback.start(descriptor, begin, last.destination + last.nbytes - begin)
+        self.bench.add(copier.found)
+        worker.cloned_nbytes += copier.cloned_nbytes
+        worker.copied_nbytes += sum(copy.nbytes for copy in self.batch)
 
 
-class _Crew:
-    """Threads that take tasks from one list until it is empty or one of them fails."""
+def _recorded_crc(spans: Sequence[Span]) -> int | None:
+    """The CRC-32 that the source records of just these bytes."""
+    filled = [span for span in spans if span.nbytes]
+    if not filled:
+        return 0
+    return filled[0].storage.crc32 if len(filled) == 1 and filled[0].is_storage else None
 
-    def __init__(self, threads: int, report: Report) -> None:
-        self.threads, self.tasks = threads, list[tuple[Callable[..., None], tuple[Any, ...]]]()
-        self._lock = threading.Lock()
-        self._report_outside = report
-        self.stop = threading.Event()
-        self.crc32: list[tuple[str, str, int]] = []
-        self.digests: dict[str, str] = {}
 
-    def report(self, nbytes: int) -> None:
-        with self._lock:
-            self._report_outside(nbytes)
+def _copy(output: str, destination: int, spans: Sequence[Span], *, crc: bool, digest: bool) -> Copy:
+    pieces = tuple(
+        Piece(span.storage.file, span.storage.offset + span.offset, span.nbytes, span.tensor if digest else "",
+              span.storage.crc32 if digest and span.is_storage else None)
+        for span in spans if span.nbytes
+    )  # fmt: skip
+    return Copy(destination, pieces, output, crc, digest)
 
-    def run(self, bench: _Bench) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
-        waiting: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
-        for task in self.tasks:
-            waiting.put(task)
-        errors: list[BaseException] = []
 
-        def work() -> None:
-            try:
-                copier = Copier(bench.sources, self.report, self.stop)
-                while not self.stop.is_set():
-                    try:
-                        task, arguments = waiting.get_nowait()
-                    except queue.Empty:
-                        break
-                    task(self, bench, copier, *arguments)
-            except BaseException as error:
-                errors.append(error)
-                self.stop.set()
-
-        restore = _single_threaded_kernels(self.threads) if any(task is _compute for task, _ in self.tasks) else None
-        workers = [threading.Thread(target=work, name=f"ckptconv-{at}", daemon=True) for at in range(min(self.threads, len(self.tasks)))]
+def _sized(descriptor: int, nbytes: int) -> None:
+    """The file at its full size. Space is asked for now, where the filesystem can promise it: a full disk shows before the work."""
+    os.ftruncate(descriptor, nbytes)
+    if nbytes and hasattr(os, "posix_fallocate"):
         try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)  # in short turns, so that Ctrl-C is heard
-        finally:
-            self.stop.set()
-            for worker in workers:
-                if worker.ident is not None:  # Ctrl-C may come before all of them were started
-                    worker.join()
-            if restore is not None:
-                restore()
-        if errors:
-            raise errors[0]
-        return self.crc32, self.digests
-
-
-def _copy(crew: _Crew, bench: _Bench, copier: Copier, file: str, batch: Sequence[Copy]) -> None:
-    with bench.descriptors.use(bench.number[file]) as descriptor:
-        found = copier.run(descriptor, batch)
-    with crew._lock:
-        crew.crc32 += [(file, slot, value) for slot, value in found.items()]
-
-
-def _compute(crew: _Crew, bench: _Bench, copier: Copier, group: Sequence[Output]) -> None:  # noqa: ARG001
-    current = group[0]
-    try:
-        results = computed(group, lambda node: bench.sources.read_tensor(bench.placed[node.name]))
-        for current in group:
-            _, value = next(results)
-            _store(crew, bench, current, value)
-            del value
-            if crew.stop.is_set():
-                return
-    except Refusal as refusal:
-        problem = Problem(refusal.code, f"{printable(current.name)}: {refusal.what}", str(current.origin), refusal.found, refusal.try_)
-        raise FitError(problem) from None
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class of its own for it
-            raise
-        needed = peak_nbytes(group)
-        raise OutputError(
-            Problem("CK503", f"{printable(current.name)}: there is not enough memory", str(current.origin), f"{needed:,} bytes needed at once",
-                    "--threads 1, or a machine with more memory")
-        ) from None  # fmt: skip
-
-
-def _store(crew: _Crew, bench: _Bench, output: Output, value: Any) -> None:
-    place = bench.where[output.name]
-    value = value.detach().resolve_conj().resolve_neg().contiguous()
-    data = bytes_of(value)
-    digest, crc = xxhash.xxh3_128(), 0
-    with bench.descriptors.use(bench.number[place.file]) as descriptor:
-        for at in range(0, len(data), _CHUNK):
-            part = data[at : at + _CHUNK]
-            digest.update(part)
-            if bench.wants_crc[place.file]:
-                crc = zlib.crc32(part, crc)
-            write_at(descriptor, place.offset + at, part)
-            crew.report(len(part))
-    with crew._lock:
-        crew.digests[output.name] = digest.hexdigest()
-        if bench.wants_crc[place.file]:
-            crew.crc32.append((place.file, output.name, crc))
-
-
-def _single_threaded_kernels(workers: int) -> Callable[[], None]:
-    """Workers are the parallelism: a kernel that opens threads of its own on top only makes them wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // workers))
-    return lambda: torch.set_num_threads(before)
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
 
 
 def seal_all(layouts: Sequence[FileLayout], receipt: Receipt, metadata: Mapping[str, str], folder: Path) -> None:

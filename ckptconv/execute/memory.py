@@ -5,9 +5,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from ckptconv.plan import Apply, Expr, Output, Plan, walk
+from ckptconv.errors import OutputError, Problem, printable
+from ckptconv.plan import Apply, Expr, Output, Plan, islands, walk
 
-BUFFER_NBYTES = 1 << 20  #: of each worker that copies
+BUFFERS_NBYTES = 2 << 20  #: of each worker that copies
+PYTHON_NBYTES = 56 << 20  #: the process itself, with the metadata of an ordinary checkpoint
+BESIDE_NBYTES = 64 << 20  #: that other islands may take beside the largest one
+TORCH_NBYTES = 280 << 20  #: … once it has imported torch
 
 
 def peak_nbytes(island: Sequence[Output]) -> int:
@@ -45,7 +49,31 @@ def peak_nbytes(island: Sequence[Output]) -> int:
     return peak
 
 
+def fixed_nbytes(threads: int, *, computes: bool) -> int:
+    """What a run needs beside the tensors: the interpreter, torch where something is computed, and the workers' buffers."""
+    return (TORCH_NBYTES if computes else PYTHON_NBYTES) + threads * BUFFERS_NBYTES
+
+
 def plan_peak(plan: Plan, threads: int) -> int:
-    """The most bytes that ``threads`` workers need together: the largest islands side by side, and a copying buffer each."""
-    islands = heapq.nlargest(threads, (peak_nbytes(island) for island in plan.islands()))
-    return sum(islands) + threads * BUFFER_NBYTES
+    """The most bytes that a run with ``threads`` workers needs: the islands that run side by side, and what is always needed."""
+    made = [output for output in plan.stored if isinstance(output.expr, Apply)]  # what is only read is copied through the buffers
+    peaks = heapq.nlargest(threads, (peak_nbytes(island) for island in islands(made)))
+    return min(sum(peaks), max(peaks, default=0) + BESIDE_NBYTES) + fixed_nbytes(threads, computes=any(peaks))
+
+
+def budget_nbytes(groups: Sequence[Sequence[Output]], peaks: Sequence[int], threads: int, max_memory: int | None) -> int:
+    """What tensors may take: of ``max_memory``; where nothing is said, the largest island beside some small ones.
+
+    Raises :class:`~ckptconv.errors.OutputError` CK503 where one island alone needs more than is allowed.
+    """
+    if max_memory is None:
+        return max(peaks, default=0) + BESIDE_NBYTES
+    fixed = fixed_nbytes(threads, computes=any(peaks))
+    peak, at = max(((peak, -at) for at, peak in enumerate(peaks)), default=(0, 0))
+    if fixed + peak > max_memory:
+        whose = f"{printable(groups[-at][0].name)} and its like need {peak:,} bytes at once, and " if peak else ""
+        raise OutputError(
+            Problem("CK503", f"{whose}the process {fixed:,} bytes: --max-memory allows {max_memory:,}",
+                    where=str(groups[-at][0].origin) if peak else "", try_=f"--max-memory {(fixed + peak) // 10**6 + 1}MB")
+        )  # fmt: skip
+    return max_memory - fixed

@@ -131,3 +131,11 @@ def _changed(path: Path) -> InputError:
     return InputError(
         Problem("CK311", "the file changed while it was read", where=printable(path), try_="run again once nobody writes to it")
     )
+
+
+def checksum_mismatch(path: Path, offset: int, name: str) -> InputError:
+    """Bytes of a source that are not those whose checksum it records."""
+    return InputError(
+        Problem("CK312", f"{printable(name)}: the checksum that the file records does not match its bytes",
+                where=printable(path), found=f"storage at offset {offset:,}", try_="fetch the file again")
+    )  # fmt: skip

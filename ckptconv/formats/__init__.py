@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from ckptconv.errors import Refusal
-from ckptconv.formats import dcp, deepspeed, ranks, safetensors, sharded, torch_legacy, torch_zip_reader
-from ckptconv.formats.base import Contents, Writer
-from ckptconv.formats.safetensors import SafetensorsWriter
+from ckptconv.formats.base import INDEX_SUFFIX, Contents, Writer
 from ckptconv.formats.sniff import kind_of
-from ckptconv.formats.torch_zip_writer import TorchZipWriter
+from ckptconv.lazy import Lazy
 
 __all__ = ["READERS", "WRITERS", "Contents", "Writer", "kind_of", "read"]
 
 #: What a file's bytes say it is -> how it is read.
-READERS: Mapping[str, Callable[[Path], Contents]] = MappingProxyType({
-    "torch-zip": torch_zip_reader.read,
-    "torch-legacy": torch_legacy.read,
-    "safetensors": safetensors.read,
+READERS: Mapping[str, Callable[[Path], Contents]] = Lazy({
+    "torch-zip": "ckptconv.formats.torch_zip_reader:read",
+    "torch-legacy": "ckptconv.formats.torch_legacy:read",
+    "safetensors": "ckptconv.formats.safetensors:read",
 })  # fmt: skip
 
-WRITERS: Mapping[str, Writer] = MappingProxyType({
-    "torch": TorchZipWriter(),
-    "safetensors": SafetensorsWriter(),
+WRITERS: Mapping[str, Writer] = Lazy({
+    "torch": "ckptconv.formats.torch_zip_writer:WRITER",
+    "safetensors": "ckptconv.formats.safetensors:WRITER",
 })  # fmt: skip
 
 
@@ -36,7 +33,9 @@ def read(path: Path, format: str | None = None) -> Contents:  # noqa: A002  (the
     """
     if path.is_dir():
         return _read_folder(path, format)
-    if path.name.endswith(sharded.INDEX_SUFFIX):
+    if path.name.endswith(INDEX_SUFFIX):
+        from ckptconv.formats import sharded
+
         return sharded.read_index(path)
     kind = kind_of(path)
     if format is not None and not kind.startswith(format):
@@ -46,6 +45,8 @@ def read(path: Path, format: str | None = None) -> Contents:  # noqa: A002  (the
 
 def _read_folder(folder: Path, format: str | None) -> Contents:  # noqa: A002
     """A folder is told by what lies in it."""
+    from ckptconv.formats import dcp, deepspeed, ranks, sharded
+
     if (folder / dcp.METADATA).is_file():
         return dcp.read(folder)
     step = deepspeed.folder_of(folder)

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from ckptconv.errors import Refusal
 from ckptconv.spec import Box, Manifest, TensorSpec, is_contiguous
 
+INDEX_SUFFIX = ".index.json"  #: of the file that says which shard holds which tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:
@@ -195,12 +197,13 @@ class Writer(Protocol):
 
     def lay_out(
         self, file_name: str, manifest: Manifest, *, metadata: Mapping[str, str], tree: Any = None,
-        module_versions: Mapping[str, Mapping[str, Any]] | None = None,
+        module_versions: Mapping[str, Mapping[str, Any]] | None = None, phases: Mapping[str, int] | None = None,
     ) -> FileLayout:  # fmt: skip
         """Place every tensor. Pure: equal arguments give an equal layout.
 
         ``tree`` is the structure to write around the state_dict: plain data with one :class:`Converted` in it, and :class:`Kept`
-        tensors that get slots of their own. None: the state_dict is the whole file.
+        tensors that get slots of their own. None: the state_dict is the whole file. ``phases`` says where in a page of 4,096 bytes the
+        bytes of a tensor lie now: put at the like place, they can be shared with their source by a filesystem that does so.
         """
         ...
 

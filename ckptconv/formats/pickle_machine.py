@@ -57,17 +57,17 @@ class _Machine:
             self.at = at
             op = raw[at]
             at += 1
-            if op == 0x71:  # BINPUT
-                memo[raw[at]] = stack[-1]
-                at += 1
-            elif op == 0x68:  # BINGET
-                stack.append(memo[raw[at]])
-                at += 1
-            elif op == 0x72:  # LONG_BINPUT
+            if op == 0x72:  # LONG_BINPUT; the commonest first
                 if len(memo) > MAX_MEMO:
                     raise malformed(f"the pickle remembers more than {MAX_MEMO:,} things", at)
                 memo[unpack_u4(raw, at)[0]] = stack[-1]
                 at += 4
+            elif op == 0x68:  # BINGET
+                stack.append(memo[raw[at]])
+                at += 1
+            elif op == 0x71:  # BINPUT
+                memo[raw[at]] = stack[-1]
+                at += 1
             elif op == 0x6A:  # LONG_BINGET
                 stack.append(memo[unpack_u4(raw, at)[0]])
                 at += 4

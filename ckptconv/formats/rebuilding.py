@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -57,11 +58,23 @@ def storage_dtype(kind: str) -> tuple[DType | None, int, bool]:
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or any(type(size) is not int or not 0 <= size <= MAX_ELEMENTS for size in value):
+    if not isinstance(value, (tuple, list)):
         raise malformed(f"a tensor whose {what} is no row of sizes", code="CK305", found=printable(value))
+    for size in value:
+        if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
+            raise malformed(f"a tensor whose {what} is no row of sizes", code="CK305", found=printable(value))
     if len(value) > MAX_RANK:
         raise malformed(f"a tensor of rank {len(value)}; at most {MAX_RANK} are read", code="CK305")
     return tuple(value)
+
+
+@lru_cache(maxsize=4096)
+def _view(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> tuple[TensorSpec, int, tuple[int, ...]]:
+    """Spec, elements from the first to the last, and strides. Few shapes are many tensors'."""
+    if prod(n or 1 for n in shape) > MAX_ELEMENTS:
+        raise malformed("a tensor repeats its elements beyond measure", code="CK305", found=f"{list(shape)} {dtype}")
+    span = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    return TensorSpec(shape, dtype), span, strides if 0 not in shape else contiguous_strides(shape)
 
 
 def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | Unsupported:
@@ -77,18 +90,17 @@ def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | 
     dtype = dtype or reference.dtype
     if dtype is None:
         raise malformed("a tensor without a dtype", code="CK305")
-    spec = TensorSpec(shape, dtype)
-    available = reference.nbytes // dtype.nbytes
-    needed = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if 0 not in shape else offset
+    width = dtype.nbytes
+    available = reference.nbytes // width
+    spec, span, strides = _view(shape, strides, dtype)
+    needed = offset + span
     if needed > available:
         raise malformed(
             "a tensor reaches past the end of its storage", code="CK305", found=f"{needed:,} elements needed, {available:,} stored"
         )
-    if prod(n or 1 for n in shape) > MAX_ELEMENTS or (spec.numel > MAX_REPEAT * max(available, 1) and spec.nbytes > MAX_EXPANDED):
+    if span < spec.numel and spec.numel > MAX_REPEAT * max(available, 1) and spec.nbytes > MAX_EXPANDED:
         raise malformed("a tensor repeats its elements beyond measure", code="CK305", found=f"{spec}, {available:,} elements stored")
-    if 0 in shape:
-        strides = contiguous_strides(shape)
-    return Placed(spec, reference.storage, offset * dtype.nbytes, strides, bool(arguments[4]) if len(arguments) > 4 else False)
+    return Placed(spec, reference.storage, offset * width, strides, bool(arguments[4]) if len(arguments) > 4 else False)
 
 
 def _tensor_v3(arguments: tuple[Any, ...]) -> Placed | Unsupported:

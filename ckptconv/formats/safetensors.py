@@ -25,8 +25,10 @@ from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, Manifest, TensorSpec, c
 
 MAX_HEADER = 100_000_000  #: bytes; the reference library's own cap
 METADATA = "__metadata__"
-#: Where the data starts is a multiple of this. The reference writer keeps to 8; a cache line suits every element type.
+#: Where the data starts is a multiple of this, unless it keeps its source's place in a page: then of what the reference writer keeps to.
 ALIGNMENT = 64
+LEAST_ALIGNMENT = 8
+PAGE = 4096
 MAX_DEPTH = 16  #: of what stands in a header field that nobody knows
 
 CODE_DTYPES: Mapping[str, DType] = MappingProxyType({
@@ -218,6 +220,7 @@ class SafetensorsWriter:
     def lay_out(
         self, file_name: str, manifest: Manifest, *, metadata: Mapping[str, str], tree: Any = None,
         module_versions: Mapping[str, Mapping[str, Any]] | None = None,  # noqa: ARG002  (the format has no place for them)
+        phases: Mapping[str, int] | None = None,
     ) -> FileLayout:  # fmt: skip
         """Place every tensor. Raises :class:`~ckptconv.errors.Refusal` (CK504) for a ``tree``, and for metadata that reads as a tie."""
         if tree is not None and not isinstance(tree, Converted):
@@ -233,21 +236,30 @@ class SafetensorsWriter:
             begins[name] = at
             at += stored[name].nbytes
         entries = {name: _header_entry(spec, begins[name]) for name, spec in stored.items()}
-        header = _header(entries, aliases, metadata)
+        # Without holes there is one choice, where the data begins; it is made for the first tensor that has a wish.
+        wishes = ((phases or {})[name] - begin for name, begin in begins.items() if name in (phases or {}))
+        phase = next((wish % PAGE for wish in wishes if wish % LEAST_ALIGNMENT == 0), None)
+        header = _header(entries, aliases, metadata, phase)
         start = len(header)
         if start > MAX_HEADER + 8:
             raise Refusal(f"the header would pass the format's limit of {MAX_HEADER:,} bytes", code="CK504",
                           found=f"{len(stored):,} tensors, {start:,} bytes", try_="--shard-size")  # fmt: skip
         slots = {name: Slot(start + begins[name], spec.nbytes) for name, spec in stored.items()}
-        return FileLayout(file_name, self.name, start + at, slots, manifest, dict(metadata), needs_crc=False, detail=entries)
+        return FileLayout(
+            file_name, self.name, start + at, slots, manifest, dict(metadata), needs_crc=False, detail=(entries, phase if phases else None)
+        )
 
     def seal(self, layout: FileLayout, crc32: Mapping[str, int], metadata: Mapping[str, str]) -> list[tuple[int, bytes]]:  # noqa: ARG002
         """The header. Raises ``ValueError`` when other metadata than the layout's has another length."""
-        header = _header(layout.detail, layout.manifest.aliases, metadata)
+        entries, phase = layout.detail
+        header = _header(entries, layout.manifest.aliases, metadata, phase)
         start = layout.nbytes - sum(slot.nbytes for slot in layout.slots.values())
         if len(header) != start:
             raise ValueError(f"the header has {len(header)} bytes, {start} were laid out: metadata must keep its keys and lengths")
         return [(0, header)]
+
+
+WRITER = SafetensorsWriter()
 
 
 def _header_entry(spec: TensorSpec, begin: int) -> dict[str, Any]:
@@ -257,9 +269,9 @@ def _header_entry(spec: TensorSpec, begin: int) -> dict[str, Any]:
     return {"dtype": DTYPE_CODES[spec.dtype], "shape": shape, "data_offsets": [begin, begin + spec.nbytes]}
 
 
-def _header(entries: Mapping[str, Any], aliases: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
-    """The file's first bytes: length, JSON, and the spaces that bring the data to its alignment."""
+def _header(entries: Mapping[str, Any], aliases: Mapping[str, str], metadata: Mapping[str, str], phase: int | None) -> bytes:
+    """The file's first bytes: length, JSON, and the spaces that bring the data to its alignment, or to its place in a page."""
     text = json.dumps({METADATA: {**metadata, "format": "pt", **aliases}, **entries}, separators=(",", ":"), ensure_ascii=False)
     raw = text.encode("utf-8")
-    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT if phase is None else (phase - 8 - len(raw)) % PAGE)
     return struct.pack("<Q", len(raw)) + raw

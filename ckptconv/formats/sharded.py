@@ -16,12 +16,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.base import Composite, Container, Contents, Placed
+from ckptconv.formats.base import INDEX_SUFFIX, Composite, Container, Contents, Placed
 from ckptconv.formats.joining import shifted
 from ckptconv.formats.strict import opened, parse_json, read_at
 from ckptconv.spec import Manifest, TensorSpec
 
-INDEX_SUFFIX = ".index.json"
 MAX_INDEX = 100_000_000  #: bytes
 
 #: Suffixes of model files, by format; the first is the one that Hugging Face writes.

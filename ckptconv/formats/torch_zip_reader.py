@@ -76,6 +76,9 @@ def read(path: Path) -> Contents:
     return contents_from_tree("torch", (path,), tree, metadata=metadata, warnings=warnings)
 
 
+_NEAR = 4096
+
+
 class _Storages:
     """Storage keys to records; each key is declared in one way only."""
 
@@ -166,6 +169,7 @@ def directory(descriptor: int, base: int = 0, size: int | None = None) -> dict[s
     found: dict[str, Record] = {}
     prefix, at = None, 0
     spans: list[tuple[int, int, str]] = []
+    window = _Window(descriptor)
     for _ in range(count):
         if at + _CENTRAL.size > length:
             raise _bad("the archive's directory is cut off", code="CK302")
@@ -192,7 +196,7 @@ def directory(descriptor: int, base: int = 0, size: int | None = None) -> dict[s
         prefix = top
         if name in found:
             raise _bad(f"record {printable(name)!r} occurs twice", code="CK306")
-        offset = _data_offset(descriptor, base, header, raw_name, size, name)
+        offset = _data_offset(window, base, header, raw_name, size, name)
         if offset + plain > start:
             raise _bad(f"record {printable(name)!r} reaches past the end of the data", code="CK302")
         found[name] = Record(name, base + header, base + offset, plain, crc)
@@ -280,11 +284,28 @@ def _name(raw: bytes) -> str:
     return name
 
 
-def _data_offset(descriptor: int, base: int, header: int, raw_name: bytes, size: int, name: str) -> int:
+class _Window:
+    """Reads headers that lie close together in one go: those of a file of many small tensors."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._at, self._held, self._last = 0, b"", -_NEAR
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        """What there is of ``nbytes`` at ``offset``."""
+        if not self._at <= offset <= offset + nbytes <= self._at + len(self._held):
+            near = 0 <= offset - self._last < _NEAR
+            self._at, self._held = offset, read_up_to(self._descriptor, max(nbytes, 64 * _NEAR if near else 0), offset)
+        self._last = offset
+        start = offset - self._at
+        return self._held[start : start + nbytes]
+
+
+def _data_offset(window: _Window, base: int, header: int, raw_name: bytes, size: int, name: str) -> int:
     """Where the record's bytes start, after its own header; which must say the same name."""
     if not 0 <= header <= size - 30:
         raise _bad(f"record {printable(name)!r} starts outside the file", code="CK302")
-    local = read_up_to(descriptor, 30 + len(raw_name), base + header)
+    local = window.read(30 + len(raw_name), base + header)
     if len(local) != 30 + len(raw_name) or local[:4] != b"PK\3\4":
         raise _bad(f"record {printable(name)!r} has no header where the directory points", code="CK302")
     name_n, extra_n = struct.unpack_from("<HH", local, 26)

@@ -48,7 +48,7 @@ class TorchZipWriter:
 
     def lay_out(
         self, file_name: str, manifest: Manifest, *, metadata: Mapping[str, str], tree: Any = None,
-        module_versions: Mapping[str, Mapping[str, Any]] | None = None,
+        module_versions: Mapping[str, Mapping[str, Any]] | None = None, phases: Mapping[str, int] | None = None,
     ) -> FileLayout:  # fmt: skip
         """Place every record. Raises ``ValueError`` for a tree that is not plain data around one state_dict."""
         pickle, storages = emit(Converted() if tree is None else tree, manifest, module_versions)
@@ -63,7 +63,10 @@ class TorchZipWriter:
         ]
         if metadata:
             contents.append((METADATA_RECORD, len(_metadata_json(metadata)), None))
-        records = zip_layout.place((f"{ARCHIVE}/{name}", nbytes) for name, nbytes, _ in contents)
+        wanted = (
+            {f"{ARCHIVE}/{name}": phases[slot] for name, _, slot in contents if isinstance(slot, str) and slot in phases} if phases else {}
+        )
+        records = zip_layout.place(((f"{ARCHIVE}/{name}", nbytes) for name, nbytes, _ in contents), wanted)
         archive = _Archive(records, tuple(content for _, _, content in contents))
         slots = {
             content: Slot(record.data_at, record.nbytes)
@@ -109,6 +112,9 @@ class TorchZipWriter:
         if len(data) != record.nbytes:
             raise ValueError(f"the metadata has {len(data)} bytes, {record.nbytes} were laid out: it must keep its keys and lengths")
         return data
+
+
+WRITER = TorchZipWriter()
 
 
 def _metadata_json(metadata: Mapping[str, str]) -> bytes:

@@ -6,10 +6,11 @@ Layouts are those of miniz as torch drives it (``caffe2/serialize/inline_contain
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 64
+PAGE = 4096
 _LIMIT = 0xFFFFFFFF  # the value that sends a reader to the zip64 field
 _DESCRIPTOR_FOLLOWS, _UTF8 = 0x0008, 0x0800
 
@@ -39,8 +40,10 @@ class Record:
         return _UTF8 | (_DESCRIPTOR_FOLLOWS if self.nbytes else 0)
 
 
-def place(records: Iterable[tuple[str, int]]) -> tuple[Record, ...]:
+def place(records: Iterable[tuple[str, int]], phases: Mapping[str, int] | None = None) -> tuple[Record, ...]:
     """Records one after the other, from (name, size in bytes), the data of each at a multiple of :data:`ALIGNMENT`.
+
+    ``phases`` asks for places within a page: record name -> offset of its data modulo :data:`PAGE`, where that is such a multiple.
 
     >>> [(record.header_at, record.data_at) for record in place([("archive/data.pkl", 100), ("archive/version", 2)])]
     [(0, 64), (180, 256)]
@@ -50,7 +53,9 @@ def place(records: Iterable[tuple[str, int]]) -> tuple[Record, ...]:
         raw = name.encode("utf-8")
         extra = len(_zip64_field(nbytes, at, local=True))
         start = at + 30 + len(raw) + extra + 4
-        record = Record(raw, nbytes, at, start + -start % ALIGNMENT)
+        phase = (phases or {}).get(name)
+        padding = -start % ALIGNMENT if phase is None or phase % ALIGNMENT else (phase - start) % PAGE
+        record = Record(raw, nbytes, at, start + padding)
         placed.append(record)
         at = record.end
     return tuple(placed)

@@ -36,24 +36,26 @@ class Change:
 def changes(plan: Plan) -> list[Change]:
     """Every output and every dropped tensor of the plan, in as few lines as its steps and templates allow."""
     aliases = plan.manifest.aliases
-    groups: dict[tuple[Any, ...], list[tuple[str, tuple[str, ...]]]] = {}
+    groups: dict[tuple[Any, ...], tuple[str, str, Origin, list[tuple[str, tuple[str, ...]]]]] = {}
     key: tuple[Any, ...]
-    heads: dict[tuple[Any, ...], tuple[str, str, Origin]] = {}
     for output in plan.outputs:
         verb = "tied" if output.name in aliases else verb_of(output)
         made_of = (aliases[output.name],) if verb == "tied" else reads(output.expr)
         if verb == "unchanged":
-            detail, key = "", (verb,)
+            key = (verb,)
         elif verb == "renamed":
             # One edit is one line, however many names it touches: all of strip_prefix, say.
             before, after = edit(made_of[0], output.name)
-            detail, key = f"{before!r} to {after!r}", (verb, output.origin, skeleton(before), skeleton(after))
+            key = (verb, output.origin, skeleton(before), skeleton(after))
         else:
             detail = "" if verb == "tied" else text_of(output.expr)
             key = (verb, output.origin, detail, skeleton(output.name), _skeletons(made_of))
-        heads.setdefault(key, (verb, detail, output.origin))
-        groups.setdefault(key, []).append((output.name, made_of))
-    return [_change(*heads[key], members) for key, members in groups.items()] + _dropped(plan)
+        group = groups.get(key)
+        if group is None:
+            said = "" if verb == "unchanged" else f"{before!r} to {after!r}" if verb == "renamed" else detail
+            group = groups[key] = (verb, said, output.origin, [])
+        group[3].append((output.name, made_of))
+    return [_change(*group) for group in groups.values()] + _dropped(plan)
 
 
 def _change(verb: str, detail: str, origin: Origin, members: list[tuple[str, tuple[str, ...]]]) -> Change:

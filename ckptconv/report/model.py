@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptconv._version import __version__
-from ckptconv.compare import Comparison
 from ckptconv.errors import Problem
 from ckptconv.names import collapse
-from ckptconv.plan import Plan
-from ckptconv.report.changes import Change
 from ckptconv.spec import DType, Manifest
-from ckptconv.verify import Ladder
+from ckptconv.verify.rungs import Ladder
+
+if TYPE_CHECKING:
+    from ckptconv.compare import Comparison
+    from ckptconv.plan import Plan
+    from ckptconv.report.changes import Change
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class RunReport:
     seconds: float = 0.0
     plan: Plan | None = field(default=None, repr=False)  #: where everything comes from, for views that show it
     rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, for the lines that origins name
+    workers: tuple[Mapping[str, Any], ...] = ()  #: of a run: number, copied_nbytes, cloned_nbytes, computed_nbytes, seconds
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -43,6 +46,7 @@ class RunReport:
             "skipped": dict(self.skipped), "target": self.target, "fits": None if self.comparison is None else self.comparison.fits,
             "coverage": None if self.comparison is None else self.comparison.coverage, "allowed": self.allowed,
             "verification": self.ladder.to_json(), "cost": dict(self.cost), "seconds": round(self.seconds, 3),
+            "workers": [dict(worker) for worker in self.workers],
         }  # fmt: skip
 
 

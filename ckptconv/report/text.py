@@ -71,6 +71,9 @@ def print_run(report: RunReport, console: Console, verbose: int = 0) -> None:
     if report.allowed:
         console.print(Text("  ").append_text(safe(report.allowed, 600)))
     _print_ladder(report.ladder, console)
+    if verbose:
+        for worker in report.workers:
+            console.print(Text(f"  {_work_of(worker)}", "dim"))
     console.print(_closing(report))
 
 
@@ -84,6 +87,19 @@ def print_beside(console: Console, head: Text, body: Text) -> None:
     grid.add_column(overflow="fold")
     grid.add_row(head, body)
     console.print(grid)
+
+
+def _work_of(worker: Mapping[str, Any]) -> str:
+    """What one thread did, and by which path."""
+    copied, cloned, computed = worker["copied_nbytes"], worker["cloned_nbytes"], worker["computed_nbytes"]
+    done = []
+    if copied - cloned:
+        done.append(f"{nbytes_text(copied - cloned)} copied through a buffer")
+    if cloned:
+        done.append(f"{nbytes_text(cloned)} shared with the source by the filesystem")
+    if computed:
+        done.append(f"{nbytes_text(computed)} computed")
+    return f"worker {worker['number']}: {', '.join(done) or 'nothing'}, {worker['seconds']:.2f} s"
 
 
 def _place(source: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ MAX_STEPS = 10_000
 MAX_INCLUDES = 8
 _MODIFIERS = ("when", "optional", "note")
 _VERSION = re.compile(r"(>=|<=|==|!=|<|>)\s*([0-9]+(?:\.[0-9]+){0,2})")
-_FIXED = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True)
+_FIXED = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True, defer_build=True)
 
 
 class Allow(BaseModel):

@@ -56,6 +56,11 @@ class Placeholder:
     choices: tuple[tuple[str, str], ...] = ()  #: (as matched, as rendered)
     expression: expressions.Node | None = None
 
+    @cached_property
+    def asked(self) -> expressions.Node:
+        """What is evaluated where it stands in a template."""
+        return self.expression or expressions.Node("name", self.name)
+
 
 def _pieces(text: str) -> Iterator[Union[str, tuple[str, str]]]:
     """Literal text and ``("{…}", inside)`` in order; ``{{`` and ``}}`` are literal braces."""
@@ -140,6 +145,22 @@ class Pattern:
     def literal(self) -> str | None:
         """The one name that matches, where the pattern has no placeholder."""
         return self.head if not self.placeholders and not self.is_regex else None
+
+    @cached_property
+    def parts(self) -> tuple[str | None, ...] | None:
+        """The parts that every match has between its dots, None for an open one; None where their number is not fixed."""
+        if self.is_regex:
+            return None
+        text = ""
+        for piece in _pieces(self.text):
+            if isinstance(piece, str):
+                text += piece
+                continue
+            placeholder = _placeholder(piece[1], self.text)
+            if placeholder.kind == "deep" or any("." in word for word, _ in placeholder.choices):
+                return None
+            text += "\0"
+        return None if "**" in text else tuple(None if "\0" in part else part for part in text.split("."))
 
     @cached_property
     def _compiled(self) -> Any:
@@ -312,7 +333,7 @@ class Template:
                 out.append(part[1:] if skip_dot and part.startswith(".") else part)
                 skip_dot = False
                 continue
-            value = expressions.evaluate(part.expression or expressions.Node("name", part.name), lookup)
+            value = expressions.evaluate(part.asked, lookup)
             text = (
                 value.text
                 if isinstance(value, Index)
@@ -344,6 +365,36 @@ def _back_references(text: str) -> Iterator[Union[str, Placeholder]]:
         yield text[at:]
 
 
+_FEW = 3
+
+
+class _Crowd:
+    """Patterns that begin alike, told apart by the number of a name's parts and by one of these, the one that differs most."""
+
+    def __init__(self, patterns: Sequence[Pattern], group: Sequence[int]) -> None:
+        self._always = [at for at in group if patterns[at].parts is None]
+        by_count: dict[int, list[tuple[int, tuple[str | None, ...]]]] = {}
+        for at in group:
+            parts = patterns[at].parts
+            if parts is not None:
+                by_count.setdefault(len(parts), []).append((at, parts))
+        self._telling: dict[int, int] = {}
+        self._found: dict[tuple[int, str | None], list[int]] = {}
+        for count, members in by_count.items():
+            column = max(range(count), key=lambda column: len({parts[column] for _, parts in members}))
+            self._telling[count] = column
+            for at, parts in members:
+                self._found.setdefault((count, parts[column]), []).append(at)
+
+    def candidates(self, name: str) -> list[int]:
+        """The patterns that may match."""
+        parts = name.split(".")
+        column = self._telling.get(len(parts))
+        if column is None:
+            return self._always
+        return [*self._always, *self._found.get((len(parts), parts[column]), ()), *self._found.get((len(parts), None), ())]
+
+
 class PatternSet:
     """Several patterns asked at once: one look at a name's first part rules most of them out.
 
@@ -363,11 +414,14 @@ class PatternSet:
                 self._by_part.setdefault(first, []).append(at)
             else:
                 self._any.append(at)
+        self._crowds = {first: _Crowd(self.patterns, group) for first, group in self._by_part.items() if len(group) > _FEW}
 
     def match(self, name: str) -> list[tuple[int, dict[str, Capture]]]:
         """Every pattern that matches, as (its position, its captures), in order."""
         found: list[tuple[int, dict[str, Capture]]] = [(at, {}) for at in self._literal.get(name, ())]
-        for candidates in (self._by_part.get(name.partition(".")[0], ()), self._any):
+        first = name.partition(".")[0]
+        near = self._crowds[first].candidates(name) if first in self._crowds else self._by_part.get(first, ())
+        for candidates in (near, self._any):
             for at in candidates:
                 captures = self.patterns[at].match(name)
                 if captures is not None:

@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptconv import formats, target
 from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, UsageError, printable
 from ckptconv.formats.base import Composite, Container, Contents, Placed
-from ckptconv.formats.joining import shifted, together
 from ckptconv.formats.strict import identities_below
 from ckptconv.names import nearest
-from ckptconv.ruleset.builtin import find
-from ckptconv.ruleset.model import RuleFile
 from ckptconv.spec import Manifest
+
+if TYPE_CHECKING:
+    from ckptconv.ruleset.model import RuleFile
 
 MAX_JSON = 64 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
@@ -46,7 +46,11 @@ class Source:
 
 def rule_file(rules: str | Path | RuleFile) -> RuleFile:
     """A rule file from its path, its built-in name, or itself."""
-    return rules if isinstance(rules, RuleFile) else find(str(rules))
+    if not isinstance(rules, (str, Path)):
+        return rules
+    from ckptconv.ruleset.builtin import find
+
+    return find(str(rules))
 
 
 def contents_of(path: Path, format: str | None = None) -> Contents:  # noqa: A002
@@ -76,6 +80,8 @@ def open_source(
     contents = contents_of(path, format)
     container = _supported(choose(contents, select, path), path)
     for name, other in (also or {}).items():
+        from ckptconv.formats.joining import shifted, together
+
         more = contents_of(other)
         chosen = _supported(choose(more, [each for each in select if each in more.containers], other), other)
         container = together(container.path, [container, shifted(chosen, len(contents.files), f"{name}::")])

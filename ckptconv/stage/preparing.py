@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptconv import target
 from ckptconv.compare import Allow, Comparison, compare, explain_missing_initial
 from ckptconv.errors import FitError, InputError, Problem, UsageError, printable
-from ckptconv.invert import invert
 from ckptconv.names import collapse
 from ckptconv.plan import Plan
 from ckptconv.planner import make_plan
@@ -29,7 +28,9 @@ from ckptconv.stage.opening import (
     rule_file,
     variables,
 )
-from ckptconv.stage.parity import Parity, parity_words
+
+if TYPE_CHECKING:
+    from ckptconv.stage.parity import Parity
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def prepare(rules: str | Path | RuleFile, source: Path, options: Options) -> Pre
 
 def _backwards(make: Callable[..., Plan], opened: Source, rules: RuleFile, options: Options) -> Plan:
     """The inverse of the plan that made ``opened`` out of something like ``options.like``. Refuses what would be lost, unless told."""
+    from ckptconv.invert import invert
+
     if options.like is None:
         raise UsageError(
             Problem("CK107", "--reverse needs --like: a checkpoint, manifest or target with the names that the result must have",
@@ -163,7 +166,11 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
         wanted_target = parse_target(options.target, None, source.path)
     elif options.use_rule_target and field_ is not None and field_.model is not None:
         wanted_target = parse_target(field_.model, rules, source.path)
-    parity = parity_words(options.parity, wanted_target, options.level)
+    parity = None
+    if options.parity:
+        from ckptconv.stage.parity import parity_words
+
+        parity = parity_words(options.parity, wanted_target, options.level)
     texts = rules.texts if rules is not None else {}
     wanted = comparison = None
     allowed = ""

@@ -18,11 +18,12 @@ from ckptconv.errors import FitError, OutputError, Problem, Refusal, UsageError,
 from ckptconv.execute.digest import content_digest, digest_tensors
 from ckptconv.execute.engine import Receipt, fill, seal_all
 from ckptconv.execute.memory import plan_peak
+from ckptconv.execute.ranges import phases_of
 from ckptconv.execute.sources import Sources
 from ckptconv.execute.staging import Staging, refuse_overlap
 from ckptconv.formats.base import Placed
 from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, not_written_here, parse_size, renamed_versions
-from ckptconv.plan import Read
+from ckptconv.plan import Read, reads
 from ckptconv.stage.preparing import Options, Prepared
 from ckptconv.stage.recorded import OURS
 from ckptconv.verify import Evidence, Ladder, climb
@@ -109,18 +110,21 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
     ):
         folder, files = staging.folder, [staging.path_of(file.name) for file in layout.files]
         metadata = dict(layout.files[0].metadata)
+        verified = options.level is not None
+        meter = _Meter(progress, sum(slot.nbytes for file in layout.files for slot in file.slots.values()))
+        if verified:  # what is written is read back, and what the output does not take of the source is read, too
+            meter.total = 2 * meter.total + _untouched_nbytes(prepared)
         receipt = fill(prepared.plan, source.placed, opened, _named(layout, files), folder, kept=kept, threads=options.threads,
-                       max_memory=max_memory, progress=counted(progress, "writing", prepared.plan.manifest.nbytes))  # fmt: skip
+                       max_memory=max_memory, digests=verified, sync=options.sync, progress=meter.counted("writing"))  # fmt: skip
         seal_all(_named(layout, files), receipt, metadata, folder)
         if layout.index is not None:
             staging.path_of(layout.index[0]).write_bytes(layout.index[1])
         ladder, source_digest = Ladder(), ""
         if options.level is not None:
-            nbytes = source.manifest.nbytes
-            digests = digest_tensors(opened, source.placed, threads=options.threads, progress=counted(progress, "reading", nbytes))
+            digests = digest_tensors(opened, source.placed, threads=options.threads, known=receipt.source_digests, checked=receipt.checked,
+                                     progress=meter.counted("reading"))  # fmt: skip
             source_digest = content_digest(source.manifest, digests)
-            evidence = _evidence(prepared, shape, folder, files, digests, receipt, options)
-            ladder = climb(replace(evidence, progress=counted(progress, "reading back", layout.nbytes)), options.level)
+            ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options, meter.counted("verifying")), options.level)
         opened.check_unchanged()
         if ladder.failed is not None:
             rung = ladder.failed
@@ -148,6 +152,7 @@ def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layou
     layout = lay_out(
         plan.manifest, shape.destination, format=shape.format, is_folder=shape.is_folder, shard_nbytes=shape.shard_nbytes,
         metadata=_metadata(prepared), module_versions=renamed_versions(source.container.module_versions, renamed) or None, tree=tree,
+        phases=phases_of(plan.stored, source.placed),
     )  # fmt: skip
     return layout, kept, left_out
 
@@ -171,15 +176,16 @@ def _metadata(prepared: Prepared) -> dict[str, str]:
 
 
 def _evidence(
-    prepared: Prepared, shape: Shape, folder: Path, files: list[Path], digests: Mapping[str, str], receipt: Receipt, options: Options
-) -> Evidence:
+    prepared: Prepared, shape: Shape, folder: Path, files: list[Path], digests: Mapping[str, str], receipt: Receipt, options: Options,
+    progress: Callable[[int], None] | None,
+) -> Evidence:  # fmt: skip
     written, container = folder if shape.is_folder else files[0], prepared.source.container.path if options.keep_extras else "."
     parity = prepared.parity.request(written, container, prepared.plan, prepared.source, prepared.comparison) if prepared.parity else None
     return Evidence(
         files=files, read=lambda: formats.read(written), format=shape.format, plan=prepared.plan,
         source=prepared.source.placed, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
         target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, container=container,
-        timeout=options.timeout, threads=options.threads, parity=parity,
+        timeout=options.timeout, threads=options.threads, parity=parity, progress=progress,
     )  # fmt: skip
 
 
@@ -214,16 +220,34 @@ def _copy_neighbours(neighbours: Iterable[Path], staging: Staging) -> None:
 
 def counted(tell: Progress | None, stage: str, total: int) -> Callable[[int], None] | None:
     """What a worker calls with every count of bytes that are done; None where nobody watches."""
-    if tell is None:
-        return None
-    done = 0
+    return _Meter(tell, total).counted(stage)
 
-    def step(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        tell(stage, done, total)
 
-    return step
+@dataclass
+class _Meter:
+    """One measure over writing, reading and verifying, in bytes."""
+
+    tell: Progress | None
+    total: int
+    done: int = 0
+
+    def counted(self, stage: str) -> Callable[[int], None] | None:
+        """What takes the bytes of one stage as they are done; None where nobody watches."""
+        tell = self.tell
+        if tell is None:
+            return None
+
+        def step(nbytes: int) -> None:
+            self.done += nbytes
+            tell(stage, min(self.done, self.total), self.total)
+
+        return step
+
+
+def _untouched_nbytes(prepared: Prepared) -> int:
+    """Bytes of the source's tensors that no output reads, and that are read for the source's digest alone."""
+    used = {name for output in prepared.plan.outputs for name in reads(output.expr)}
+    return sum(placed.spec.nbytes for name, placed in prepared.source.placed.items() if name not in used)
 
 
 def _named(layout: Layout, files: list[Path]) -> list[Any]:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from ckptconv.target.building import manifest_of, strict_load
-from ckptconv.target.loading import StrictResult, load_into
-from ckptconv.target.words import Target, parse
+from typing import TYPE_CHECKING
+
+from ckptconv.lazy import exports
+
+if TYPE_CHECKING:
+    from ckptconv.target.building import manifest_of, strict_load
+    from ckptconv.target.loading import StrictResult, load_into
+    from ckptconv.target.words import Target, parse
 
 __all__ = ["StrictResult", "Target", "load_into", "manifest_of", "parse", "strict_load"]
+__getattr__ = exports(__name__, {
+    "manifest_of": "building", "strict_load": "building", "StrictResult": "loading", "load_into": "loading", "Target": "words", "parse": "words",
+})  # fmt: skip

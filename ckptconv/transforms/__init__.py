@@ -4,56 +4,63 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Union
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.lazy import Lazy
 from ckptconv.names import nearest
-from ckptconv.transforms.affine import Affine
 from ckptconv.transforms.base import Example, Piece, Transform
-from ckptconv.transforms.cast import Cast
-from ckptconv.transforms.combine import Combine
-from ckptconv.transforms.concat import Concat
-from ckptconv.transforms.decode import Decode
-from ckptconv.transforms.dense import Dense
-from ckptconv.transforms.guard import Guard
-from ckptconv.transforms.index import Index
-from ckptconv.transforms.pad import Pad
-from ckptconv.transforms.rearrange import Rearrange
-from ckptconv.transforms.reduce import Reduce
-from ckptconv.transforms.repeat import Repeat
-from ckptconv.transforms.reshape import Reshape
-from ckptconv.transforms.resize import Resize
-from ckptconv.transforms.slice import Slice
 
-#: Every transform there is. A new one is a file beside this one and a line here.
-ALL: tuple[type[Transform], ...] = (
-    Rearrange,
-    Reshape,
-    Concat,
-    Slice,
-    Index,
-    Pad,
-    Repeat,
-    Affine,
-    Cast,
-    Combine,
-    Reduce,
-    Resize,
-    Decode,
-    Dense,
-    Guard,
-)
+if TYPE_CHECKING:
+    from ckptconv.transforms.affine import Affine
+    from ckptconv.transforms.cast import Cast
+    from ckptconv.transforms.combine import Combine
+    from ckptconv.transforms.concat import Concat
+    from ckptconv.transforms.decode import Decode
+    from ckptconv.transforms.dense import Dense
+    from ckptconv.transforms.guard import Guard
+    from ckptconv.transforms.index import Index
+    from ckptconv.transforms.pad import Pad
+    from ckptconv.transforms.rearrange import Rearrange
+    from ckptconv.transforms.reduce import Reduce
+    from ckptconv.transforms.repeat import Repeat
+    from ckptconv.transforms.reshape import Reshape
+    from ckptconv.transforms.resize import Resize
+    from ckptconv.transforms.slice import Slice
+
+    ALL: tuple[type[Transform], ...]
+
+#: Every transform there is, by its class name. A new one is a file beside this one, a line here and one above.
+_CLASSES: Mapping[str, type[Transform]] = Lazy({
+    name: f"ckptconv.transforms.{name.lower()}:{name}"
+    for name in (
+        "Rearrange", "Reshape", "Concat", "Slice", "Index", "Pad", "Repeat", "Affine", "Cast", "Combine", "Reduce", "Resize", "Decode", "Dense",
+        "Guard",
+    )
+})  # fmt: skip
 
 __all__ = [
     "ALL", "Affine", "Cast", "Combine", "Concat", "Decode", "Dense", "Example", "Guard", "Index", "Pad", "Piece", "Rearrange", "Reduce", "Repeat", "Reshape",
     "Resize", "Slice", "Transform", "parse",
 ]  # fmt: skip
 
-_OPS = tuple(each.model_fields["op"].default for each in ALL)
-_CHOICE: Any = Annotated[Union[ALL], Field(discriminator="op")]
-_ANY: TypeAdapter[Transform] = TypeAdapter(_CHOICE)
+
+def __getattr__(name: str) -> Any:
+    """The transforms are imported when they are asked for; ``ALL`` asks for each."""
+    if name == "ALL":
+        return tuple(_CLASSES.values())
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _CLASSES[name]
+
+
+@cache
+def _any() -> TypeAdapter[Transform]:
+    choice: Any = Annotated[Union[tuple(_CLASSES.values())], Field(discriminator="op")]
+    return TypeAdapter(choice)
 
 
 def parse(data: Mapping[str, Any]) -> Transform:
@@ -65,15 +72,16 @@ def parse(data: Mapping[str, Any]) -> Transform:
     Slice(op='slice', axis=0, start=2, stop=5)
     """
     op = data.get("op") if isinstance(data, Mapping) else None
-    if op not in _OPS:
-        near = nearest(op, _OPS) if isinstance(op, str) else None
+    known = [each.model_fields["op"].default for each in _CLASSES.values()]
+    if op not in known:
+        near = nearest(op, known) if isinstance(op, str) else None
         raise Refusal(
             "a saved transform names one of the known operations in its field `op`", code="CK102",
-            found=printable(repr(op)), try_=near or ", ".join(_OPS),
+            found=printable(repr(op)), try_=near or ", ".join(known),
         )  # fmt: skip
     try:
         # Through JSON: there, and only there, strict validation takes an array for a tuple and text for a dtype.
-        return _ANY.validate_json(json.dumps(dict(data)))
+        return _any().validate_json(json.dumps(dict(data)))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'][1:]) or op}: {fault['msg']}" for fault in error.errors())
         raise Refusal(f"the saved transform {op} has wrong fields", code="CK102", found=printable(faults)) from None

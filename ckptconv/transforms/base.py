@@ -39,7 +39,7 @@ class Transform(BaseModel):
     A transform is frozen, compared by value and hashable; its JSON is its fields. ``infer`` never needs torch.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)  # few of them are used in one run
 
     #: True when the kernel only moves elements, so that every bit of the arguments can be found in the result.
     exact: ClassVar[bool] = True

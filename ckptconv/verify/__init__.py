@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from ckptconv.verify.ladder import LEVELS, Evidence, Ladder, Rung, climb
+from typing import TYPE_CHECKING
+
+from ckptconv.lazy import exports
+
+if TYPE_CHECKING:
+    from ckptconv.verify.ladder import Evidence, climb
+    from ckptconv.verify.rungs import LEVELS, Ladder, Rung
 
 __all__ = ["LEVELS", "Evidence", "Ladder", "Rung", "climb"]
+__getattr__ = exports(__name__, {"Evidence": "ladder", "climb": "ladder", "LEVELS": "rungs", "Ladder": "rungs", "Rung": "rungs"})

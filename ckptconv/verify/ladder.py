@@ -10,73 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ckptconv import formats
 from ckptconv.compare import Allow, compare
 from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, printable
-from ckptconv.execute.digest import digest_tensors
-from ckptconv.execute.ranges import as_range
+from ckptconv.execute.digest import digest_spans, digest_tensors
+from ckptconv.execute.ranges import as_spans
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Container, Placed
 from ckptconv.names import collapse
 from ckptconv.plan import Apply, Fill, Output, Plan, Read, reads
 from ckptconv.spec import Manifest
-from ckptconv.target import Target, strict_load
-from ckptconv.verify.parity import ParityReport, ParityRequest, parity
-from ckptconv.verify.roundtrip import round_trip
-from ckptconv.verify.values import conserved
+from ckptconv.verify.rungs import Ladder, Rung
 
-LEVELS: Mapping[int, str] = {0: "integrity", 1: "accounting", 2: "strict load", 3: "values conserved", 4: "round trip",
-                              5: "forward parity", 6: "first diverging module"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One rung: climbed, failed, or not climbed with the reason."""
-
-    level: int
-    status: str  #: ``passed``, ``failed`` or ``skipped``
-    sentence: str
-    problems: tuple[Problem, ...] = ()
-    notes: tuple[str, ...] = ()  #: what the sentence does not vouch for
-
-    @property
-    def name(self) -> str:
-        return LEVELS[self.level]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "level": self.level, "name": self.name, "status": self.status, "sentence": self.sentence,
-            "problems": [problem.to_json() for problem in self.problems], "notes": list(self.notes),
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """The climb: every rung that was tried, lowest first."""
-
-    rungs: tuple[Rung, ...] = ()
-    parity: ParityReport | None = None  #: what running the models showed, where they were run
-
-    @property
-    def failed(self) -> Rung | None:
-        return next((rung for rung in self.rungs if rung.status == "failed"), None)
-
-    @property
-    def problems(self) -> list[Problem]:
-        """Those of every rung that failed: L6 says where it is that L5 found a difference."""
-        failed = [rung for rung in self.rungs if rung.status == "failed"]
-        return [problem for rung in failed for problem in rung.problems or (Problem("CK407", f"L{rung.level}: {rung.sentence}"),)]
-
-    @property
-    def reached(self) -> str:
-        """The passed rungs, as they are recorded in outputs: ``L0 L1 L3``; ``none`` when nothing was proved."""
-        return " ".join(f"L{rung.level}" for rung in self.rungs if rung.status == "passed") or "none"
-
-    def to_json(self) -> dict[str, Any]:
-        parity = None if self.parity is None else self.parity.to_json()
-        return {"reached": self.reached, "rungs": [rung.to_json() for rung in self.rungs], "parity": parity}
+if TYPE_CHECKING:
+    from ckptconv.target import Target
+    from ckptconv.verify.parity import ParityReport, ParityRequest
 
 
 @dataclass(frozen=True)
@@ -91,7 +41,7 @@ class Evidence:
     source: Mapping[str, Placed] | None = None
     source_files: Sequence[Path] = ()
     source_digests: Mapping[str, str] = field(default_factory=dict)  #: of the source's tensors; empty: not taken
-    computed: Mapping[str, str] = field(default_factory=dict)  #: digests of computed outputs, from when they were written
+    computed: Mapping[str, str] = field(default_factory=dict)  #: digests of outputs, from when they were computed or copied
     target: Target | None = None
     wanted: Manifest | None = None
     allow: Allow = field(default_factory=Allow)
@@ -149,14 +99,14 @@ class _Climb:
         return Rung(0, "passed", f"{len(self.digests):,} tensors read back, digests match{against}")
 
     def _ranges(self, plan: Plan) -> dict[str, str]:
-        """Digests, from the source, of outputs that are rows of a source tensor or one under another shape."""
-        source = self.evidence.source
+        """Digests, from the source, of outputs that are ranges of its bytes, where they were not taken when these were copied."""
+        source, known = self.evidence.source, self.evidence.computed
         if source is None:
             return {}
-        found = {output.name: as_range(output.expr, source) for output in plan.stored if isinstance(output.expr, Apply)}
+        made = [output for output in plan.stored if isinstance(output.expr, Apply) and output.name not in known]
+        spans = {output.name: found for output in made if (found := as_spans(output.expr, source)) is not None}
         with Sources(self.evidence.source_files) as opened:
-            places = {name: place for name, place in found.items() if place is not None}
-            return digest_tensors(opened, places, threads=self.evidence.threads, check_crc=False)
+            return digest_spans(opened, spans, threads=self.evidence.threads)
 
     def _wanted_digest(self, output: Output) -> str | None:
         if isinstance(output.expr, Read):
@@ -196,6 +146,8 @@ class _Climb:
 
     def strict(self) -> Rung:
         """L2: the real model, built on the meta device, loads the written file with ``strict=True, assign=True``."""
+        from ckptconv.target import strict_load
+
         evidence = self.evidence
         if evidence.target is None:
             return Rung(2, "skipped", "no target; name one with --target")
@@ -223,6 +175,8 @@ class _Climb:
 
     def values(self) -> Rung:
         """L3: nothing lost, nothing doubled, modulo the plan's own transforms."""
+        from ckptconv.verify.values import conserved
+
         evidence = self.evidence
         if evidence.plan is None or evidence.source is None:
             return Rung(3, "skipped", "no source to compare with; name it with --against and --rules")
@@ -249,6 +203,8 @@ class _Climb:
 
     def round_trip(self) -> Rung:
         """L4: the derived inverse, run on the written file, gives the source's own bytes back."""
+        from ckptconv.verify.roundtrip import round_trip
+
         evidence = self.evidence
         if evidence.plan is None or not evidence.source_digests:
             return Rung(4, "skipped", "no source to come back to; name it with --against and --rules")
@@ -264,6 +220,8 @@ class _Climb:
         request = self.evidence.parity
         if request is None:
             return Rung(5, "skipped", "not climbed: no --parity source=… or golden=…")
+        from ckptconv.verify.parity import parity
+
         self.outputs = report = parity(request, self.evidence.timeout)
         notes = (*report.warnings, *(printable(note) for note in report.notes))
         if not report.equal:

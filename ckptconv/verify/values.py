@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptconv.errors import Problem, printable
-from ckptconv.execute.memory_run import evaluate
+from ckptconv.execute.memory_run import computed
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Placed
 from ckptconv.plan import Apply, Fill, Output, Plan, Read, reads, walk
@@ -52,14 +52,14 @@ def conserved(
     proved = recomputed = 0
     problems: list[Problem] = []
     for island in plan.islands():
-        computed = [output for output in island if isinstance(output.expr, Apply)]
-        if not computed:
+        made = [output for output in island if isinstance(output.expr, Apply)]
+        if not made:
             continue
-        ordered = all(output.name in compared for output in computed)
+        ordered = all(output.name in compared for output in made)
         if ordered and _balanced(island) and _same_elements(island, source, opened, written, reopened):
-            proved += len(computed)
+            proved += len(made)
             continue
-        for name, equal in _second_run(plan, island, source, opened, written, reopened).items():
+        for name, equal in _second_run(island, source, opened, written, reopened).items():
             recomputed += equal
             if not equal:
                 problems.append(Problem("CK409", f"{printable(name)}: the written values are not those of the plan"))
@@ -84,11 +84,11 @@ def _same_elements(
 
 
 def _second_run(
-    plan: Plan, island: Sequence[Output], source: Mapping[str, Placed], opened: Sources, written: Mapping[str, Placed], reopened: Sources
+    island: Sequence[Output], source: Mapping[str, Placed], opened: Sources, written: Mapping[str, Placed], reopened: Sources
 ) -> dict[str, bool]:
-    tensors = {name: opened.read_tensor(source[name]) for name in dict.fromkeys(name for output in island for name in reads(output.expr))}
-    again = evaluate(Plan(plan.source, tuple(island)), tensors)
-    return {name: _same_bits(value, reopened.read_tensor(written[name])) for name, value in again.items()}
+    """Every output computed anew and compared with what was written, one after the other, in the memory that the run itself needed."""
+    again = computed(island, lambda node: opened.read_tensor(source[node.name]))
+    return {output.name: _same_bits(value, reopened.read_tensor(written[output.name])) for output, value in again}
 
 
 def _bits(tensor: Tensor) -> Tensor:

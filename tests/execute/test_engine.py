@@ -11,7 +11,7 @@ import torch
 
 from ckptconv import formats
 from ckptconv.errors import FitError, InputError, OutputError
-from ckptconv.execute.copying import BLOCK, Copy, batches
+from ckptconv.execute.copying import BLOCK, Copy, Piece, batches
 from ckptconv.execute.digest import content_digest, digest_tensors
 from ckptconv.execute.engine import fill, seal_all
 from ckptconv.execute.memory import peak_nbytes, plan_peak
@@ -98,7 +98,8 @@ def test_every_kind_of_expression_is_what_torch_computes(tmp_path, source, forma
         assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
     copied = {"n", "empty", "scalar"} | {f"l.{i}.{x}.{p}" for i in range(3) for x in "qkv" for p in ("weight", "bias")}
-    assert receipt.copied_nbytes == sum(wanted[name].nbytes for name in copied), "slices along the first axis are byte ranges too"
+    copied |= {f"l.{i}.experts" for i in range(3)}
+    assert receipt.copied_nbytes == sum(wanted[name].nbytes for name in copied), "rows of a tensor and stacked tensors are byte ranges too"
 
 
 @pytest.mark.parametrize("format", ["torch", "safetensors"])
@@ -242,14 +243,14 @@ def test_digests_are_of_values_and_not_of_places(tmp_path):
 
 
 def test_small_neighbours_go_together_and_large_ranges_are_shared():
-    small = [Copy(0, at * 100, at * 100, 50) for at in range(10)]
+    small = [Copy(at * 100, (Piece(0, at * 100, 50),)) for at in range(10)]
     assert [len(batch) for batch in batches(small)] == [10]
-    touching = [Copy(0, at * 100, 7 + at * 100, 100) for at in range(10)]
-    assert batches(touching) == [[Copy(0, 0, 7, 1000)]]
-    (first, *rest) = batches([Copy(0, 0, 0, 40 * BLOCK)])
+    touching = [Copy(7 + at * 100, (Piece(0, at * 100, 100),)) for at in range(10)]
+    assert batches(touching) == [[Copy(7, (Piece(0, 0, 1000),))]]
+    (first, *rest) = batches([Copy(0, (Piece(0, 0, 40 * BLOCK),))])
     assert rest
     assert sum(batch[0].nbytes for batch in (first, *rest)) == 40 * BLOCK
-    with_checksum = batches([Copy(0, 0, 0, 40 * BLOCK, "x")])
+    with_checksum = batches([Copy(0, (Piece(0, 0, 40 * BLOCK),), "x", crc=True)])
     assert len(with_checksum) == 1, "one checksum needs one pass"
 
 

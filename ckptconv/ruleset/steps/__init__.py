@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ckptconv.lazy import Lazy
 from ckptconv.ruleset.steps.base import Context, Entry, KeyCondition, Scope, Step, Table
-from ckptconv.ruleset.steps.choosing import Check, Copy, Drop, Keep, Tie
-from ckptconv.ruleset.steps.combining import ApplyMask, CombineStep, DecodeStep, FoldBatchnorm, MergeLora, WeightNorm
-from ckptconv.ruleset.steps.converting import Convert
-from ckptconv.ruleset.steps.filling import FillStep
 from ckptconv.ruleset.steps.including import Include
-from ckptconv.ruleset.steps.joining import ConcatStep, Split, Stack, Unstack
-from ckptconv.ruleset.steps.naming import AddPrefix, Rename, StripInfix, StripPrefix
-from ckptconv.ruleset.steps.resizing import AdaptChannels, ResizeRows, ResizeStep
-from ckptconv.ruleset.steps.shaping import (
-    AffineStep,
-    CastStep,
-    IndexStep,
-    PadStep,
-    RearrangeStep,
-    RepeatStep,
-    ReshapeStep,
-    SliceStep,
-)  # fmt: skip
 
-ALL: Mapping[str, type[Step]] = {
-    step.op: step
-    for step in (
-        StripPrefix, AddPrefix, StripInfix, Rename, Drop, Keep, Copy, Tie, Check,
-        ReshapeStep, RearrangeStep, SliceStep, IndexStep, PadStep, RepeatStep, CastStep, AffineStep, Split, ConcatStep, Stack, Unstack, FillStep,
-        ResizeStep, AdaptChannels, ResizeRows, CombineStep, MergeLora, WeightNorm, FoldBatchnorm, ApplyMask, DecodeStep, Convert, Include,
-    )
+_HOMES: Mapping[str, Mapping[str, str]] = {
+    "naming": {"strip_prefix": "StripPrefix", "add_prefix": "AddPrefix", "strip_infix": "StripInfix", "rename": "Rename"},
+    "choosing": {"drop": "Drop", "keep": "Keep", "copy": "Copy", "tie": "Tie", "check": "Check"},
+    "shaping": {
+        "reshape": "ReshapeStep", "rearrange": "RearrangeStep", "slice": "SliceStep", "index": "IndexStep", "pad": "PadStep",
+        "repeat": "RepeatStep", "cast": "CastStep", "affine": "AffineStep",
+    },
+    "joining": {"split": "Split", "concat": "ConcatStep", "stack": "Stack", "unstack": "Unstack"},
+    "filling": {"fill": "FillStep"},
+    "resizing": {"resize": "ResizeStep", "adapt_channels": "AdaptChannels", "resize_rows": "ResizeRows"},
+    "combining": {
+        "combine": "CombineStep", "merge_lora": "MergeLora", "weight_norm": "WeightNorm", "fold_batchnorm": "FoldBatchnorm",
+        "apply_mask": "ApplyMask", "decode": "DecodeStep",
+    },
+    "converting": {"convert": "Convert"},
+    "including": {"include": "Include"},
 }  # fmt: skip
+
+ALL: Mapping[str, type[Step]] = Lazy({
+    op: f"ckptconv.ruleset.steps.{module}:{name}" for module, names in _HOMES.items() for op, name in names.items()
+})  # fmt: skip
 
 __all__ = ["ALL", "Context", "Entry", "Include", "KeyCondition", "Scope", "Step", "Table"]

@@ -99,7 +99,7 @@ DTypes = Annotated[tuple[DType, ...], PlainValidator(_many(parse_dtype)), one_or
 class KeyCondition(BaseModel):
     """Which names must be there (``all``, ``any``) and which must not (``none``)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
     all: Patterns | None = None
     any: Patterns | None = None
     none: Patterns | None = None
@@ -222,7 +222,9 @@ class Context:
 class Step(BaseModel):
     """One step of a rule file. Adding one: one class with ``op``, its fields and ``lower``, and one line in ``steps.ALL``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, populate_by_name=True, strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, populate_by_name=True, strict=True, defer_build=True
+    )
 
     op: ClassVar[str]
     when: Condition | None = Field(None, description="do the step only if this holds: an expression, or patterns under all/any/none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,7 +36,7 @@ Texts = Annotated[tuple[str, ...], PlainValidator(_texts), one_or_many({"type": 
 
 
 def _renamed(table: Table, new_names: dict[str, str], context: Context) -> Table:
-    results = {name: [(new, replace(table[name], origin=context.origin))] for name, new in new_names.items()}
+    results = {name: [(new, Entry(table[name].expr, context.origin, table[name].identity))] for name, new in new_names.items()}
     return replaced(table, results, context)
 
 
@@ -184,5 +183,6 @@ class Rename(Step):
         for name, at, captures in self.claims(table, context):
             new = rendered(self.entries[at][1], context.scope.lookup(captures, table, name), context, name)
             if new is not None:
-                results[name] = [(new, replace(table[name], origin=context.origin))]
+                entry = table[name]
+                results[name] = [(new, Entry(entry.expr, context.origin, entry.identity))]
         return replaced(table, results, context)

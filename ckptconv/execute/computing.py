@@ -1,0 +1,161 @@
+"""Outputs that must be computed: island by island, read where a value is first needed, written and forgotten one by one."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ckptconv.errors import FitError, OutputError, Problem, Refusal, printable
+from ckptconv.execute import writeback
+from ckptconv.execute.checksums import Checksums
+from ckptconv.execute.copying import Found, write_at
+from ckptconv.execute.crew import Worker
+from ckptconv.execute.memory_run import computed
+from ckptconv.execute.ranges import span_of
+from ckptconv.execute.sources import bytes_of, checksum_mismatch
+from ckptconv.plan import Apply, Output, Read
+from ckptconv.transforms import Cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ckptconv.execute.engine import Bench
+
+_CHUNK = 8 << 20
+_ROWS_NBYTES = 1 << 20  # of a source that is cast piece by piece: source, result and what lies between stay in the cache
+
+
+@dataclass(frozen=True)
+class Compute:
+    """One island, by one worker."""
+
+    island: Sequence[Output]
+    bench: Bench
+    peak_nbytes: int
+
+    def run(self, worker: Worker) -> None:
+        """Raises :class:`~ckptconv.errors.FitError`, with the output's name and its rule, for values that a transform refuses."""
+        found = Found()
+        current = self.island[0]
+        try:
+            if not self._cast_by_pieces(worker, found):
+                results = computed(self.island, lambda node: self._read(node, found))
+                for current in self.island:
+                    _, value = next(results)
+                    self._store(worker, current, value, found)
+                    del value
+                    if worker.stop.is_set():
+                        return
+        except Refusal as refusal:
+            problem = Problem(refusal.code, f"{printable(current.name)}: {refusal.what}", str(current.origin), refusal.found, refusal.try_)
+            raise FitError(problem) from None
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class of its own for it
+                raise
+            raise OutputError(
+                Problem("CK503", f"{printable(current.name)}: there is not enough memory", str(current.origin),
+                        f"{self.peak_nbytes:,} bytes needed at once", "--threads 1, or a machine with more memory")
+            ) from None  # fmt: skip
+        self.bench.add(found)
+        if self.peak_nbytes >= _CHUNK:
+            _malloc_trim()(0)
+
+    def _read(self, node: Read, found: Found) -> Tensor:
+        """A source tensor. Its checksums are taken now, while its bytes are in the cache: it need not be read again for them."""
+        placed = self.bench.placed[node.name]
+        value = self.bench.sources.read_tensor(placed)
+        if self.bench.digests:
+            span = span_of(placed)
+            recorded = placed.storage.crc32 if placed.contiguous and span.is_storage else None
+            sums = Checksums(crc=recorded is not None, digest=True)
+            sums.update(bytes_of(value))
+            self._checked(node.name, sums, recorded, found)
+        return value
+
+    def _checked(self, name: str, sums: Checksums, recorded: int | None, found: Found) -> None:
+        storage = self.bench.placed[name].storage
+        if recorded is not None:
+            if sums.crc != recorded:
+                raise checksum_mismatch(self.bench.sources.files[storage.file], storage.offset, name)
+            found.checked.add((storage.file, storage.offset))
+        found.tensors[name] = sums.digest
+
+    def _store(self, worker: Worker, output: Output, value: Any, found: Found) -> None:
+        file, offset = self.bench.where[output.name]
+        data = bytes_of(value.detach().resolve_conj().resolve_neg().contiguous())
+        sums = Checksums(crc=self.bench.wants_crc[file], digest=True)
+        for at in range(0, len(data), _CHUNK):
+            part = data[at : at + _CHUNK]
+            sums.update(part)
+            self._write(worker, file, offset + at, part)
+        found.note(output.name, sums)
+
+    def _write(self, worker: Worker, file: str, offset: int, part: memoryview) -> None:
+        with self.bench.outputs.use(self.bench.number[file]) as descriptor:
+            write_at(descriptor, offset, part)
+            if self.bench.sync:
+                writeback.start(descriptor, offset, len(part))
+        worker.computed_nbytes += len(part)
+        worker.tell(len(part))
+
+    def _cast_by_pieces(self, worker: Worker, found: Found) -> bool:
+        """A contiguous tensor whose only change is its dtype, in pieces that fit the cache. False where it is not that, or a value is
+        refused: the whole tensor then says which."""
+        (output, *others), expr = self.island, self.island[0].expr
+        if others or not isinstance(expr, Apply) or not isinstance(expr.transform, Cast) or not isinstance(expr.arguments[0], Read):
+            return False
+        node = expr.arguments[0]
+        placed = self.bench.placed[node.name]
+        if not placed.contiguous or not placed.spec.numel:
+            return False
+        import torch
+
+        span = span_of(placed)
+        recorded = placed.storage.crc32 if self.bench.digests and span.is_storage else None
+        before = Checksums(crc=recorded is not None, digest=self.bench.digests)
+        file, offset = self.bench.where[output.name]
+        after = Checksums(crc=self.bench.wants_crc[file], digest=True)
+        raw = torch.empty(min(_ROWS_NBYTES, span.nbytes), dtype=torch.uint8)
+        dtype: torch.dtype = getattr(torch, placed.spec.dtype.value)
+        for at in range(0, span.nbytes, _ROWS_NBYTES):
+            part = raw[: min(_ROWS_NBYTES, span.nbytes - at)]
+            self.bench.sources.read_into(placed.storage.file, placed.storage.offset + placed.offset + at, bytes_of(part))
+            before.update(bytes_of(part))
+            try:
+                data = bytes_of(expr.transform.apply(part.view(dtype)))
+            except Refusal:
+                return False
+            after.update(data)
+            self._write(worker, file, offset, data)
+            offset += len(data)
+            if worker.stop.is_set():
+                return True
+        if self.bench.digests:
+            self._checked(node.name, before, recorded, found)
+        found.note(output.name, after)
+        return True
+
+
+def kernel_threads(count: int) -> Callable[[], None]:
+    """How many threads a kernel may open. Gives the way back.
+
+    One, where the workers are the parallelism already: more would only make them wait for each other.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    return lambda: torch.set_num_threads(before)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int]:
+    """glibc keeps what large tensors leave behind, for each thread apart; this gives it back. Elsewhere nothing need be done."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return lambda _: 0
+    return found
