@@ -13,7 +13,6 @@ from ckptconv.execute import writeback
 from ckptconv.execute.checksums import Checksums
 from ckptconv.execute.copying import Found, write_at
 from ckptconv.execute.crew import Worker
-from ckptconv.execute.memory import peak_nbytes
 from ckptconv.execute.memory_run import computed
 from ckptconv.execute.ranges import span_of
 from ckptconv.execute.sources import bytes_of, checksum_mismatch
@@ -59,7 +58,7 @@ class Compute:
                 raise
             raise OutputError(
                 Problem("CK503", f"{printable(current.name)}: there is not enough memory", str(current.origin),
-                        f"{peak_nbytes(self.island):,} bytes needed at once", "--threads 1, or a machine with more memory")
+                        f"{self.peak_nbytes:,} bytes needed at once", "--threads 1, or a machine with more memory")
             ) from None  # fmt: skip
         self.bench.add(found)
         if self.peak_nbytes >= _CHUNK:
