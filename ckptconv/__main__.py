@@ -23,6 +23,17 @@ def _raise(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (a si
     raise Signalled(number)
 
 
+def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python swallows what is raised in a destructor or a callback. A signal is not to be lost like that: it comes once more, a moment later."""
+    signalled = unraisable.exc_value
+    if not isinstance(signalled, Signalled):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = signalled.number
+    signal.signal(signal.SIGALRM, lambda _, frame: _raise(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, 0.005)
+
+
 def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for name in _SIGNALS:
         # Who starts us with a signal ignored (nohup) wants it ignored.
@@ -30,15 +41,21 @@ def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) 
             signal.signal(getattr(signal, name), handler)
 
 
+def _let_go() -> None:
+    """From here on nothing is left to clean up: a signal may end us at once."""
+    _handle(signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def main() -> None:
     """Runs the command line and exits with its code."""
+    sys.unraisablehook = _raise_again
     try:
         _handle(_raise)
         code = _run()
-        # From here on nothing is left to clean up: a signal may end us at once.
-        _handle(signal.SIG_DFL)
+        _let_go()
     except Signalled as signalled:
-        _handle(signal.SIG_DFL)
+        _let_go()
         sys.stderr.write("interrupted: the output is whole, or as it was before\n")
         code = 128 + signalled.number
     sys.exit(code)

@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +57,18 @@ def test_a_second_signal_does_not_stop_the_first_from_cleaning_up(conversions):
     done = conversion.run("write:3:kill=2;unlink:2:kill=15")
     assert (done.code, done.err) == (143, INTERRUPTED)
     assert (conversion.state(), conversion.left()) == ("old", [])
+
+
+def test_a_signal_that_python_swallows_comes_again():
+    """What is raised in a destructor or a weak reference's callback is ignored by Python; the signal must not be."""
+    code = (
+        "import os, signal, time; from ckptconv import __main__ as it\n"
+        "class Late:\n    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def run():\n    for _ in range(3): Late()\n    time.sleep(60)\n"
+        "it._run = run; it.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", INTERRUPTED)
 
 
 def test_ended_at_random_moments(conversion):
