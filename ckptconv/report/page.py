@@ -6,7 +6,7 @@ A view with something of its own to say adds a function that makes a :class:`Pag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,7 +70,8 @@ class Page:
 
 def page_of_run(report: RunReport) -> Page:
     """The page of ``run``, ``plan`` and ``verify``."""
-    return _page(report, _verdict(report), _rungs(report), tuple(report.ladder.problems))
+    climbed = [rung.to_json() for rung in report.ladder.rungs]
+    return _page(report, _verdict(report), whole_ladder(climbed), tuple(report.ladder.problems))
 
 
 def page_of_difference(report: Difference) -> Page:
@@ -79,9 +80,7 @@ def page_of_difference(report: Difference) -> Page:
     differs = ", ".join(f"{count:,} {what}" for count, what in counts if count)
     same = "The same names, shapes, dtypes and ties"
     verdict = Verdict("good", same) if report.equal else Verdict("open", "They differ", differs or "in their ties only")
-    facts = tuple(
-        fact for label, side in (("left", report.a), ("right", report.b)) for fact in ((label, f"{len(side):,} tensors, {_size(side)}"),)
-    )
+    facts = (("left", _size(report.a)), ("right", _size(report.b)))
     return Page(
         "diff",
         verdict,
@@ -96,7 +95,7 @@ def page_of_difference(report: Difference) -> Page:
 def page_of_failure(command: str, error: CkptconvError) -> Page:
     """The page of a command that ended in problems: with both sides, where the error says in a report how far it came."""
     headline = "Not verified" if error.verification is not None else _REFUSED.get(error.exit_code, "It failed")
-    rungs = tuple(error.verification["rungs"]) if error.verification is not None else ()
+    rungs = whole_ladder(error.verification["rungs"]) if error.verification is not None else ()
     report = error.about
     if not isinstance(report, RunReport):
         return Page(command, Verdict("bad", headline), rungs=rungs, problems=error.problems)
@@ -145,14 +144,13 @@ def _verdict(report: RunReport) -> Verdict:
     return Verdict("good", f"{verified}{f': it {fits}' if fits else ''}")
 
 
-def _rungs(report: RunReport) -> tuple[Mapping[str, Any], ...]:
-    """Every rung that there is, those above the climb too."""
-    climbed = [rung.to_json() for rung in report.ladder.rungs]
+def whole_ladder(climbed: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Every rung that there is, those that nobody tried too; none where there was no climb."""
     if not climbed:
         return ()
     known = {rung["level"] for rung in climbed}
     above = [
-        {"level": level, "name": name, "status": "", "sentence": "not asked for", "problems": [], "notes": []}
+        {"level": level, "name": name, "status": "", "sentence": "not tried", "problems": [], "notes": []}
         for level, name in LEVELS.items()
         if level not in known
     ]
@@ -192,4 +190,4 @@ def _sides(report: RunReport) -> tuple[str, str]:
 
 
 def _size(side: Manifest) -> str:
-    return f"{side.numel:,} parameters, {nbytes_text(side.nbytes)}"
+    return f"{len(side):,} tensors, {side.numel:,} parameters, {nbytes_text(side.nbytes)}"

@@ -15,7 +15,7 @@ ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
 @pytest.fixture(scope="session")
 def browser():
     if CHROMIUM is None:
-        reason = "no chromium is installed; `make browser` as root installs Debian's"
+        reason = "no chromium is installed; scripts/system_packages.sh as root installs Debian's"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
     from playwright.sync_api import sync_playwright
 

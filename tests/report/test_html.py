@@ -188,7 +188,7 @@ def test_it_opens_with_verdict_ladder_and_templates(show):
     assert tab.locator("h1").inner_text() == "✓ Converted and verified"
     assert tab.locator(".ladder li").all_inner_texts()[:4] == [
         "L0\n✓ ok\nintegrity read back", "L1\n✓ ok\naccounting all counted", "L2\n– skipped\nstrict load no target; name one",
-        "L3\n·\nvalues conserved not asked for",
+        "L3\n·\nvalues conserved not tried",
     ]  # fmt: skip
     assert "30 B copied, 6 B computed" in tab.locator(".facts").inner_text()
     assert tab.locator("details").all_inner_texts() == ["notes 1\nmind this", "left behind 1\noptimizer (dict)"]
