@@ -47,6 +47,12 @@ def _bad(what: str, text: str, try_: str = "") -> Refusal:
     return Refusal(what, code="CK103", found=printable(text), try_=try_)
 
 
+def _whole_text(text: str) -> None:
+    """Refuses half characters (lone surrogates): no name can have them, and RE2 does not take them."""
+    if any(0xD800 <= ord(ch) < 0xE000 for ch in text):
+        raise _bad("a pattern is whole Unicode text, without lone surrogates", text)
+
+
 @dataclass(frozen=True)
 class Placeholder:
     """``{p}``, ``{i:int}``, ``{m:**}`` or ``{x:q|k|v}``; ``name`` is empty for a bare ``**``."""
@@ -134,6 +140,7 @@ class Pattern:
             raise _bad(f"a pattern has at most {MAX_PATTERN:,} characters; this one has {len(text):,}", text)
         if not text:
             raise _bad("a pattern must not be empty", text)
+        _whole_text(text)
         return _parse_regex(text) if text.startswith("regex:") else _parse_template(text)
 
     @cached_property
@@ -278,6 +285,7 @@ class Template:
             raise _bad(f"a template has at most {MAX_PATTERN:,} characters; this one has {len(text):,}", text)
         if not text:
             raise _bad("a name must not be empty", text)
+        _whole_text(text)
         parts: list[Union[str, Placeholder]] = []
         for piece in _pieces(text):
             if isinstance(piece, str):
