@@ -23,6 +23,7 @@ from ckptconv.execute.memory import peak_nbytes
 from ckptconv.execute.memory_run import computed
 from ckptconv.execute.ranges import as_range
 from ckptconv.execute.sources import Sources, bytes_of
+from ckptconv.execute.truth import check_truth_values
 from ckptconv.formats.base import FileLayout, Placed
 from ckptconv.plan import Output, Plan, Read, islands
 
@@ -92,6 +93,7 @@ def fill(
     groups = islands(to_compute)
     _check_memory(groups, max_memory)
     everything = {**placed, **(kept or {})}
+    check_truth_values(sources, everything)
     number = {layout.name: at for at, layout in enumerate(layouts)}
     with closing(_outputs(layouts, folder)) as descriptors:
         crew = _Crew(threads, progress or (lambda _: None))

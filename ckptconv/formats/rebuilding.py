@@ -57,10 +57,10 @@ def storage_dtype(kind: str) -> tuple[DType | None, int, bool]:
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
+    if isinstance(value, (tuple, list)) and len(value) > MAX_RANK:
+        raise malformed(f"a tensor of rank {len(value)}; at most {MAX_RANK} are read", code="CK305")
     if not isinstance(value, (tuple, list)) or any(type(size) is not int or not 0 <= size <= MAX_ELEMENTS for size in value):
         raise malformed(f"a tensor whose {what} is no row of sizes", code="CK305", found=printable(value))
-    if len(value) > MAX_RANK:
-        raise malformed(f"a tensor of rank {len(value)}; at most {MAX_RANK} are read", code="CK305")
     return tuple(value)
 
 

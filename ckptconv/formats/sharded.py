@@ -22,7 +22,7 @@ from ckptconv.formats.strict import opened, parse_json, read_at
 from ckptconv.spec import Manifest, TensorSpec
 
 INDEX_SUFFIX = ".index.json"
-MAX_INDEX = 100_000_000  #: bytes
+MAX_INDEX = 50_000_000  #: bytes (docs/limits.md)
 
 #: Suffixes of model files, by format; the first is the one that Hugging Face writes.
 SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType({

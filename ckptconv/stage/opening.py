@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ckptconv.ruleset.model import RuleFile
 from ckptconv.spec import Manifest
 
 MAX_JSON = 64 << 20
+MAX_LOOK_ALIKES = 5
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
@@ -83,7 +85,20 @@ def open_source(
             contents, files=(*contents.files, *more.files), identities={**contents.identities, **more.identities},
             warnings=(*contents.warnings, *more.warnings),
         )  # fmt: skip
+    contents = replace(contents, warnings=(*contents.warnings, *_look_alikes(container)))
     return Source(path, contents, container, container.stored_manifest, container.stored, also or {})
+
+
+def _look_alikes(container: Container) -> list[str]:
+    """Names that are written with other characters and read the same (an é of one character, and of two): they stay two names."""
+    seen: dict[str, str] = {}
+    found = []
+    for name in (*container.tensors, *container.composites):
+        if not name.isascii():
+            other = seen.setdefault(unicodedata.normalize("NFC", name), name)
+            if other != name and len(found) < MAX_LOOK_ALIKES:
+                found.append(f"'{printable(other)}' and '{printable(name)}' look alike and are two names")
+    return found
 
 
 def _supported(container: Container, path: Path) -> Container:
