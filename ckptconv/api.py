@@ -33,7 +33,7 @@ from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.stage.opening import choose, config_for, contents_of, manifest_of_word, open_source, rule_file, variables
 from ckptconv.stage.parity import parity_words
 from ckptconv.stage.preparing import Options, Prepared, prepare, prepare_saved, saved_plan
-from ckptconv.stage.producing import Progress, counted, estimate, produce
+from ckptconv.stage.producing import Progress, counted, estimate, noticed, produce
 from ckptconv.stage.recorded import differing_rules, recorded, rules_of
 from ckptconv.verify import Evidence, climb
 
@@ -72,7 +72,7 @@ def run(
     })  # fmt: skip
     left_out = (f"not carried along: {printable(', '.join(produced.left_out[:5]))}",) if produced.left_out else ()
     return replace(
-        report, source={**report.source, "digest": produced.source_digest}, notes=report.notes + left_out, ladder=produced.ladder,
+        report, source={**report.source, "digest": produced.source_digest}, notes=(*report.notes, *noticed(produced.receipt), *left_out), ladder=produced.ladder,
         cost={"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
         seconds=time.monotonic() - started,
     )  # fmt: skip

@@ -167,6 +167,8 @@ CODES: Mapping[str, str] = {
     "CK410": "A cast overflowed.",
     "CK411": "The models could not be run and compared.",
     "CK412": "The models give different outputs.",
+    "CK413": "Quantised numbers cannot be decoded: a scale is zero or not finite.",
+    "CK414": "The output holds values that are not finite, and --forbid-nonfinite was given.",
     # 5xx: output
     "CK501": "The output exists, and --force was not given.",
     "CK502": "The output is, or lies inside, the source.",

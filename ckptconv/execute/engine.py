@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from ckptconv.execute.copying import Copier, Copy, batches, write_at
 from ckptconv.execute.descriptors import Descriptors
 from ckptconv.execute.memory import peak_nbytes
 from ckptconv.execute.memory_run import computed
+from ckptconv.execute.nonfinite import nonfinite_in
 from ckptconv.execute.ranges import as_range
 from ckptconv.execute.sources import Sources, bytes_of
 from ckptconv.execute.truth import check_truth_values
 from ckptconv.formats.base import FileLayout, Placed
 from ckptconv.plan import Output, Plan, Read, islands
+from ckptconv.transforms.noticing import notice, noticing
 
 Report = Callable[[int], None]
 _CHUNK = 8 << 20
@@ -39,6 +41,7 @@ class Receipt:
     digests: Mapping[str, str]  #: output -> xxh3_128 of its bytes, for computed outputs
     copied_nbytes: int
     computed_nbytes: int
+    noticed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  #: computed output -> what happened to how many of its values
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def fill(
         found_crc, digests = crew.run(_Bench(everything, sources, descriptors, number, where, wants_crc))
     for file, slot_name, value in found_crc:
         crc32[file][slot_name] = value
-    return Receipt(crc32, digests, copied, sum(output.expr.spec.nbytes for output in to_compute))
+    return Receipt(crc32, digests, copied, sum(output.expr.spec.nbytes for output in to_compute), crew.noticed)
 
 
 def _by_destination(copy: Copy) -> int:
@@ -162,6 +165,7 @@ class _Crew:
         self.stop = threading.Event()
         self.crc32: list[tuple[str, str, int]] = []
         self.digests: dict[str, str] = {}
+        self.noticed: dict[str, Mapping[str, int]] = {}
 
     def report(self, nbytes: int) -> None:
         with self._lock:
@@ -218,7 +222,12 @@ def _compute(crew: _Crew, bench: _Bench, copier: Copier, group: Sequence[Output]
     try:
         results = computed(group, lambda node: bench.sources.read_tensor(bench.placed[node.name]))
         for current in group:
-            _, value = next(results)
+            with noticing() as counts:
+                _, value = next(results)
+                notice("NaN or infinite", nonfinite_in(value))
+            if counts:
+                with crew._lock:
+                    crew.noticed[current.name] = dict(counts)
             _store(crew, bench, current, value)
             del value
             if crew.stop.is_set():

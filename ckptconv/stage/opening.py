@@ -92,7 +92,7 @@ def open_source(
 def _look_alikes(container: Container) -> list[str]:
     """Names that are written with other characters and read the same (an é of one character, and of two): they stay two names."""
     seen: dict[str, str] = {}
-    found = []
+    found: list[str] = []
     for name in (*container.tensors, *container.composites):
         if not name.isascii():
             other = seen.setdefault(unicodedata.normalize("NFC", name), name)
@@ -194,14 +194,14 @@ def variables(items: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def parse_target(text: str, rules: RuleFile | None, source: Path | None) -> target.Target:
-    """The target named on the command line, or by the rule file (relative to the source's folder, never code)."""
+def parse_target(text: str, rules: RuleFile | None, source: Path | None, *, allow_code: bool = False) -> target.Target:
+    """The target named on the command line, or by the rule file (relative to the source's folder; code only where it is allowed)."""
     if rules is None:
         return target.parse(text, origin="command line", base=None)
     base = None if source is None else source if source.is_dir() else source.parent
     if text.endswith(".json"):
         base = rules.folder
-    return target.parse(text, origin="rule file", base=base)
+    return target.parse(text, origin="rule file", base=base, allow_code=allow_code)
 
 
 def manifest_of_word(word: str, select: Sequence[str] = (), timeout: float = 300.0) -> Manifest:

@@ -50,6 +50,9 @@ class Options:
     keep_extras: bool = False
     untie: bool = False
     max_memory: str | None = None
+    max_output: str | None = None
+    forbid_nonfinite: bool = False
+    allow_code: bool = False  #: the rule file may name a ``py:`` target
     sync: bool = True
     timeout: float = 300.0  #: seconds that the building of a target may take
     reverse: bool = False  #: run the rules backwards
@@ -162,7 +165,7 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
     if options.target is not None:
         wanted_target = parse_target(options.target, None, source.path)
     elif options.use_rule_target and field_ is not None and field_.model is not None:
-        wanted_target = parse_target(field_.model, rules, source.path)
+        wanted_target = parse_target(field_.model, rules, source.path, allow_code=options.allow_code)
     parity = parity_words(options.parity, wanted_target, options.level)
     texts = rules.texts if rules is not None else {}
     wanted = comparison = None

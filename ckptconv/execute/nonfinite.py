@@ -1,0 +1,35 @@
+"""NaN and infinity in written tensors, counted. Copying carries them along bit by bit; whether they are meant, only the user knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ckptconv.execute.sources import Sources
+from ckptconv.formats.base import Placed
+from ckptconv.spec import DType
+
+#: torch cannot tell for these: pairs of four-bit numbers (which have neither), complex halves, and exponents without a number.
+_WITHOUT = frozenset({DType.float4_e2m1fn_x2, DType.complex32, DType.float8_e8m0fnu})
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def nonfinite_in(tensor: Tensor) -> int:
+    """How many elements are NaN or infinite; 0 for dtypes that have neither."""
+    import torch
+
+    if not (tensor.is_floating_point() or tensor.is_complex()) or str(tensor.dtype).removeprefix("torch.") in _WITHOUT:
+        return 0
+    wide = tensor.to(torch.float32) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
+    return int(tensor.numel()) - int(torch.isfinite(wide).sum())
+
+
+def nonfinite_counts(sources: Sources, placed: Mapping[str, Placed]) -> dict[str, int]:
+    """The tensors that hold any, with how many; one tensor is in memory at a time."""
+    wanted = {name: place for name, place in placed.items() if place.spec.dtype.kind in ("float", "complex")}
+    counts = {name: nonfinite_in(sources.read_tensor(place)) for name, place in wanted.items() if place.spec.dtype not in _WITHOUT}
+    return {name: count for name, count in counts.items() if count}
+
+
