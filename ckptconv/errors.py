@@ -167,7 +167,7 @@ CODES: Mapping[str, str] = {
     "CK410": "A cast overflowed.",
     "CK411": "The models could not be run and compared.",
     "CK412": "The models give different outputs.",
-    "CK413": "Quantised numbers cannot be decoded: a scale is zero or not finite.",
+    "CK413": "Quantised numbers cannot be decoded: a scale is missing, zero or not finite.",
     "CK414": "The output holds values that are not finite, and --forbid-nonfinite was given.",
     # 5xx: output
     "CK501": "The output exists, and --force was not given.",
