@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ckptconv import target
 from ckptconv.compare import Allow, Comparison, compare, explain_missing_initial
-from ckptconv.errors import FitError, InputError, Problem, UsageError, printable
+from ckptconv.errors import FitError, InputError, Problem, Refusal, UsageError, printable
 from ckptconv.invert import invert
 from ckptconv.names import collapse
 from ckptconv.plan import Plan
@@ -100,7 +100,10 @@ def prepare(rules: str | Path | RuleFile, source: Path, options: Options) -> Pre
     if options.reverse:
         plan = _backwards(make, opened, parsed, options)
         return _against_target(None, f"{parsed.label} reversed", parsed.file, parsed.digest, opened, plan, options)
-    plan = make(opened.manifest, shown_source=printable(source), composites=opened.composites)
+    try:
+        plan = make(opened.manifest, shown_source=printable(source), composites=opened.composites)
+    except Refusal as refusal:  # chunks that do not make up their tensor: the source is at fault, not a step
+        raise InputError(refusal.at(printable(source))) from None
     return _against_target(parsed, parsed.label, parsed.file, parsed.digest, opened, plan, options)
 
 
