@@ -99,7 +99,7 @@ class _Machine:
                 stack.append(self.text(at + 4, size))
                 at += 4 + size
             elif op == 0x28:  # MARK
-                if len(marks) > MAX_MARKS:
+                if len(marks) >= MAX_MARKS:
                     raise malformed(f"the pickle nests deeper than {MAX_MARKS}", at)
                 marks.append(stack)
                 stack = []

@@ -20,7 +20,7 @@ from ckptconv.ruleset.builtin import find
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.spec import Manifest
 
-MAX_JSON = 64 << 20
+MAX_JSON = 16 << 20  #: bytes (docs/limits.md)
 MAX_LOOK_ALIKES = 5
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
@@ -150,12 +150,12 @@ def choose(contents: Contents, select: Sequence[str], path: Path) -> Container:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Plain JSON from a file of at most 64 MiB; :class:`~ckptconv.errors.UsageError` for anything else."""
+    """Plain JSON from a file of at most 16 MiB; :class:`~ckptconv.errors.UsageError` for anything else."""
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_JSON + 1)
         if len(raw) > MAX_JSON:
-            raise ValueError("the file is over 64 MiB")
+            raise ValueError("the file is over 16 MiB")
         return json.loads(raw)
     except OSError as error:
         raise UsageError(Problem("CK107", f"{what} cannot be read: {error.strerror}", where=printable(path))) from None
