@@ -31,5 +31,3 @@ def nonfinite_counts(sources: Sources, placed: Mapping[str, Placed]) -> dict[str
     wanted = {name: place for name, place in placed.items() if place.spec.dtype.kind in ("float", "complex")}
     counts = {name: nonfinite_in(sources.read_tensor(place)) for name, place in wanted.items() if place.spec.dtype not in _WITHOUT}
     return {name: count for name, count in counts.items() if count}
-
-

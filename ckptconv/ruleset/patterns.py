@@ -317,7 +317,9 @@ class Template:
         found = tuple(part for part in self.parts if isinstance(part, Placeholder) and part.kind == "choice" and part.name not in bound)
         count = prod(len(part.choices) for part in found)
         if count > MAX_FAN:
-            raise Refusal(f"a template stands for {count:,} names; at most {MAX_FAN:,} are allowed", code="CK211", found=printable(self.text))
+            raise Refusal(
+                f"a template stands for {count:,} names; at most {MAX_FAN:,} are allowed", code="CK211", found=printable(self.text)
+            )
         return found
 
     def render(self, lookup: Lookup) -> str:

@@ -56,7 +56,10 @@ def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path
         arguments = tuple((key, _literal(value)) for key, value in parse_qsl(query, keep_blank_values=True))
         if kind == "py":
             if origin == "rule file" and not allow_code:
-                what, try_ = "a rule file cannot name code as its target", f"--target {printable(text)}, or --allow-code if you trust the file"
+                what, try_ = (
+                    "a rule file cannot name code as its target",
+                    f"--target {printable(text)}, or --allow-code if you trust the file",
+                )
                 raise UsageError(Problem("CK106", what, where=printable(text), try_=try_))
             if not _PY.fullmatch(name):
                 raise UsageError(Problem("CK107", "want py:package.module:factory", where=printable(text)))

@@ -159,7 +159,9 @@ def _scaled(numbers: Tensor, spread: Tensor, scales: Tensor) -> Tensor:
         if bool((scales == 0).any()):
             lost = int(((spread == 0) & (numbers != 0)).sum())
             if lost:
-                raise Refusal("numbers that are not zero have the scale zero", code="CK413", found=f"{lost:,} of {numbers.numel():,} numbers")
+                raise Refusal(
+                    "numbers that are not zero have the scale zero", code="CK413", found=f"{lost:,} of {numbers.numel():,} numbers"
+                )
     return numbers * spread
 
 

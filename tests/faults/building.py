@@ -73,7 +73,13 @@ def tensor(
     size: Sequence[int] = (8,), stride: Sequence[int] = (1,), offset: int = 0, of: bytes | None = None, hooks: bytes = HOOKS
 ) -> bytes:
     return call(
-        "torch._utils._rebuild_tensor_v2", of if of is not None else storage(), whole(offset), numbers(size), numbers(stride), b"\x89", hooks
+        "torch._utils._rebuild_tensor_v2",
+        of if of is not None else storage(),
+        whole(offset),
+        numbers(size),
+        numbers(stride),
+        b"\x89",
+        hooks,
     )
 
 
@@ -97,7 +103,9 @@ class Record:
     stored: bool = True  #: False: only the directory speaks of it
 
 
-def archive(records: Sequence[Record], *, disks: int = 0, comment: bytes = b"", count: int | None = None, length_lie: int = 0, start_lie: int = 0) -> bytes:
+def archive(
+    records: Sequence[Record], *, disks: int = 0, comment: bytes = b"", count: int | None = None, length_lie: int = 0, start_lie: int = 0
+) -> bytes:
     """A zip archive of these records, in this order."""
     out, central = bytearray(), bytearray()
     for record in records:

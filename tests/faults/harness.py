@@ -128,7 +128,9 @@ class Box:
         before, outside = digest(self.folder), self._outside()
         outcome = self.run(*arguments, **limits)
         assert (outcome.code, outcome.err) == (code, text)
-        unexplained = [event for event in outcome.events if not (staged and _STAGING.search(event)) and not (child and _CHILD.search(event))]
+        unexplained = [
+            event for event in outcome.events if not (staged and _STAGING.search(event)) and not (child and _CHILD.search(event))
+        ]
         assert unexplained == [], "no reader of a bad file has a reason for these"
         assert digest(self.folder) == before
         assert self._outside() == outside

@@ -32,7 +32,7 @@ def warm(with_torch: bool) -> None:
     import ckptconv.cli
     import ckptconv.report.text
     import ckptconv.ruleset.builtin
-    import ckptconv.stage.producing  # noqa: F401
+    import ckptconv.stage.producing
 
     ckptconv.ruleset.builtin.find("dataparallel")
     if with_torch:

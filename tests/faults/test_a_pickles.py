@@ -152,10 +152,14 @@ GADGETS = {
 def test_c018_gadget(box, name):
     box.write("in.pth", torch_file(pickled(table(x=tensor(), y=call(name, MARK)))))
     found = f"at byte {len(pickled(table(x=tensor(), y=b''))) - 2:,} of the pickle"
-    said = "CK303", f"the file asks for {name}, which {GADGETS[name]}; nothing of it was run", found, "do not load this file anywhere; ask its author for safetensors"
+    said = (
+        "CK303",
+        f"the file asks for {name}, which {GADGETS[name]}; nothing of it was run",
+        found,
+        "do not load this file anywhere; ask its author for safetensors",
+    )
     box.refuses(3, message("in.pth", *said), "run", "pass.yaml", "in.pth", "out.pth")
 
 
 def test_c018_there_are_more_than_sixty():
     assert len(GADGETS) >= 60
-

@@ -4,7 +4,23 @@ import struct
 
 import pytest
 import torch
-from building import FLOATS, HOOKS, Record, archive, call, named, numbers, pickled, records, row, storage, table, tensor, text, torch_file, whole
+from building import (
+    FLOATS,
+    HOOKS,
+    Record,
+    archive,
+    call,
+    named,
+    numbers,
+    pickled,
+    records,
+    row,
+    storage,
+    table,
+    tensor,
+    text,
+    whole,
+)
 from harness import message
 from safetensors.torch import load_file
 
@@ -17,8 +33,20 @@ def one(body, data=FLOATS, **more):
     return archive(records(pickled(body), data, **extra))
 
 
-def quantised(size=(8,), stride=(1,), offset=0, scheme=row(named("torch.per_tensor_affine"), b"G" + struct.pack(">d", 0.5), whole(3))):
-    return call("torch._utils._rebuild_qtensor", storage(32, kind="QInt8Storage"), whole(offset), numbers(size), numbers(stride), scheme, b"\x89", HOOKS)
+AFFINE = row(named("torch.per_tensor_affine"), b"G" + struct.pack(">d", 0.5), whole(3))
+
+
+def quantised(size=(8,), stride=(1,), offset=0, scheme=AFFINE):
+    return call(
+        "torch._utils._rebuild_qtensor",
+        storage(32, kind="QInt8Storage"),
+        whole(offset),
+        numbers(size),
+        numbers(stride),
+        scheme,
+        b"\x89",
+        HOOKS,
+    )
 
 
 def sparse(indices, values, size):

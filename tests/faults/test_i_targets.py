@@ -110,7 +110,9 @@ def manifest(ties=(), **tensors):
 
 
 def one(kind, shape=(4,), stride=(1,)):
-    return torch_file(pickled(table(w=tensor(shape, stride, of=storage(4, kind=kind)))), data=bytes({"ComplexFloatStorage": 32}.get(kind, 32)))
+    return torch_file(
+        pickled(table(w=tensor(shape, stride, of=storage(4, kind=kind)))), data=bytes({"ComplexFloatStorage": 32}.get(kind, 32))
+    )
 
 
 FOUR = [4], "float32"

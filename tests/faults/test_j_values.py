@@ -112,7 +112,10 @@ def test_c114_what_is_renamed_or_cut_keeps_every_bit(box, dtype, width, output):
     data = ODD if dtype != "BOOL" else bytes([0, 1] * 16)
     count = len(data) // width
     box.write("in.safetensors", safetensors_file({"x": entry([count // 2, 2], [0, len(data)], dtype)}, data))
-    box.write("rules.yaml", rules({"split": {"from": "x", "to": ["y.a", "y.b"], "dim": 0}}, {"concat": {"from": ["y.a", "y.b"], "to": "z", "dim": 0}}))
+    box.write(
+        "rules.yaml",
+        rules({"split": {"from": "x", "to": ["y.a", "y.b"], "dim": 0}}, {"concat": {"from": ["y.a", "y.b"], "to": "z", "dim": 0}}),
+    )
     box.converts("run", "rules.yaml", "in.safetensors", output, "--no-sync", **LIMITS)
     if output.endswith("pth"):
         found = bits(torch.load(box.folder / output)["z"]).numpy().tobytes()
@@ -131,7 +134,13 @@ def test_c113_what_is_not_finite_is_carried_along(box):
 def test_c113_unless_it_is_forbidden(box):
     save_file({"a": floats(1, 2), "x": floats(math.nan, 1, math.inf), "n": torch.tensor([1])}, box.folder / "in.safetensors")
     box.write("rules.yaml", rules({"rename": {"x": "y"}}))
-    said = "rules.yaml:1  rename (step 1)", "CK414", "y: 2 of 3 values are NaN or infinite", "", "leave --forbid-nonfinite out, if they are meant"
+    said = (
+        "rules.yaml:1  rename (step 1)",
+        "CK414",
+        "y: 2 of 3 values are NaN or infinite",
+        "",
+        "leave --forbid-nonfinite out, if they are meant",
+    )
     box.refuses(4, message(*said), *RUN, "--forbid-nonfinite", staged=True, **LIMITS)
     box.write("finite.yaml", rules({"drop": "x"}).replace('"rules"', '"finite"'))
     box.converts("run", "finite.yaml", "in.safetensors", "out.safetensors", "--forbid-nonfinite", **LIMITS)
@@ -146,7 +155,9 @@ def blocks(scale, shape=(4, 4)):
 
 
 def decoding(block=(2, 2)):
-    return rules({"decode": {"weight": "{m:**}.w", "scale": "{m:**}.w_scale_inv", "layout": "blocks", "block": list(block), "dtype": "float32"}})
+    return rules(
+        {"decode": {"weight": "{m:**}.w", "scale": "{m:**}.w_scale_inv", "layout": "blocks", "block": list(block), "dtype": "float32"}}
+    )
 
 
 BLOCKS = [
@@ -235,7 +246,9 @@ def models(draw):
         dtype, shape = draw(st.sampled_from(DTYPES)), draw(st.lists(st.integers(0, 4), max_size=3))
         count = math.prod(shape) * dtype.nbytes
         raw = torch.frombuffer(bytearray(draw(st.binary(min_size=count, max_size=count)) or b"\0"), dtype=torch.uint8)[:count]
-        tensors[name] = raw.clone().view(getattr(torch, dtype.value)).view(shape) if count else torch.empty(shape, dtype=getattr(torch, dtype.value))
+        tensors[name] = (
+            raw.clone().view(getattr(torch, dtype.value)).view(shape) if count else torch.empty(shape, dtype=getattr(torch, dtype.value))
+        )
     if draw(st.booleans()):
         first = next(iter(tensors))
         tensors["tied"] = tensors[first]
@@ -246,7 +259,9 @@ def models(draw):
 @given(tensors=models(), pair=st.sampled_from([("pth", "pth"), ("pth", "safetensors"), ("safetensors", "pth")]))
 def test_c118_two_hundred_models_there_and_back(tmp_path, tensors, pair):
     renaming = tmp_path / "renaming.yaml"
-    renaming.write_text(rules({"add_prefix": "model."}, {"rename": {"model.layers.{i:int}.{p}": "blocks.{i + 1}.{p}"}}).replace('"rules"', '"renaming"'))
+    renaming.write_text(
+        rules({"add_prefix": "model."}, {"rename": {"model.layers.{i:int}.{p}": "blocks.{i + 1}.{p}"}}).replace('"rules"', '"renaming"')
+    )
     renaming.write_text(renaming.read_text().replace('{"rename"', '{"optional": true, "rename"'))
     start, there, back = tmp_path / "start.pth", tmp_path / f"there.{pair[0]}", tmp_path / f"back.{pair[1]}"
     torch.save(tensors, start)
@@ -256,7 +271,7 @@ def test_c118_two_hundred_models_there_and_back(tmp_path, tensors, pair):
         found = torch.load(back)
     else:
         with safe_open(back, "pt") as opened:
-            found = {name: opened.get_tensor(name) for name in opened.keys()}
+            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
             found |= {alias: found[kept] for alias, kept in opened.metadata().items() if kept in found}
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

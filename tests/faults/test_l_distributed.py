@@ -1,6 +1,8 @@
 """Catalogue L: folders of torch.distributed.checkpoint, whose metadata is a plain pickle to torch; and GGUF, which is not read."""
 
 import struct
+import subprocess
+import sys
 
 import pytest
 from building import call, named, numbers, pickled, storage, table, tensor, text, torch_file, whole
@@ -9,6 +11,8 @@ from harness import message
 META = "torch.distributed.checkpoint.metadata."
 RUN = "run", "pass.yaml", "in", "out.pth"
 CHUNK = torch_file(pickled(tensor([2, 4], [4, 1])))
+
+CHUNK_NBYTES = len(CHUNK)
 
 
 def instance(kind, **fields):
@@ -27,7 +31,7 @@ def index(name, offset):
     return instance(META + "MetadataIndex", fqn=text(name), offset=b"N" if offset is None else size(*offset), index=b"N")
 
 
-def place(offset=0, length=len(CHUNK), path="__0_0.distcp", **more):
+def place(offset=0, length=CHUNK_NBYTES, path="__0_0.distcp", **more):
     kind = "torch.distributed.checkpoint.filesystem._StorageInfo"
     return instance(kind, relative_path=text(path), offset=whole(offset), length=whole(length), **more)
 
@@ -45,7 +49,7 @@ def metadata(shape=(2, 4), chunks=(((0, 0), (2, 4)),), places=None, more=b""):
     chunks_ = listed(*(chunk(*each) for each in chunks))
     described = instance(META + "TensorStorageMetadata", properties=b"N", size=size(*shape), chunks=chunks_)
     where = [(index("w", each[0]), place()) for each in chunks] if places is None else places
-    return pickled(instance(META + "Metadata", state_dict_metadata=entries((text("w"), described)) if not more else more,
+    return pickled(instance(META + "Metadata", state_dict_metadata=more or entries((text("w"), described)),
                             planner_data=b"N", storage_data=entries(*where)))  # fmt: skip
 
 
@@ -140,3 +144,10 @@ def test_gguf(box, data):
     box.write("in.gguf", data)
     said = "CK301", "this is a GGUF file, which is not read", "", "convert from the checkpoint that it was made from"
     box.refuses(3, message("in.gguf", *said), "run", "pass.yaml", "in.gguf", "out.pth")
+
+
+def test_c143_torch_and_its_errors_have_no_part_in_it(box):
+    """torch.distributed.checkpoint raises what escapes ``except Exception``; it is never imported to read its folders."""
+    made(box, {})
+    code = "import sys; from pathlib import Path; from ckptconv import formats; formats.read(Path('in')); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=box.folder, capture_output=True, text=True, check=True).stdout == "False\n"

@@ -8,8 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "fuzz"))
 
-from seeds import WORDS, seeds  # noqa: E402  (tests/fuzz is no package: the fuzzer starts it as a script)
-from targets import TARGETS  # noqa: E402
+from seeds import WORDS, seeds
+from targets import TARGETS
 
 FOUND = sorted((Path(__file__).parent / "regressions").glob("*/*"))
 

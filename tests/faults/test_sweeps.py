@@ -1,5 +1,6 @@
 """Truncation at every byte, and every byte changed: by the thousand, inside this process. Nothing but our refusal may come of it."""
 
+import contextlib
 import io
 
 import pytest
@@ -8,7 +9,7 @@ from building import entry, legacy_file, safetensors_file, torch_file
 from test_l_distributed import CHUNK, metadata
 
 from ckptconv import formats
-from ckptconv.errors import CkptconvError, Refusal
+from ckptconv.errors import Refusal, UsageError
 from ckptconv.ruleset import builtin, model
 
 
@@ -28,8 +29,9 @@ def outcome(path):
     try:
         return formats.read(path)
     except Refusal as refusal:
-        assert refusal.code.startswith("CK3")
-        return None
+        code = refusal.code
+    assert code.startswith("CK3")
+    return None
 
 
 @pytest.mark.parametrize("data", FILES.values(), ids=FILES)
@@ -66,7 +68,5 @@ def test_c137_c141_distributed_metadata_cut_and_changed_at_every_byte(tmp_path):
 def test_c100_a_rule_file_cut_at_every_byte():
     raw = (builtin.folder() / "dataparallel.yaml").read_bytes()
     for size in range(len(raw)):
-        try:
+        with contextlib.suppress(UsageError):
             model.parse(raw[:size], "r.yaml")
-        except CkptconvError as error:
-            assert error.exit_code == 2

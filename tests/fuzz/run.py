@@ -7,6 +7,7 @@ Each target runs in a process of its own, so that a crash, a hang or too much me
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,9 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--seconds", type=float, default=600, help="in all, shared by the targets")
     known = parser.parse_args()
+    if importlib.util.find_spec("atheris") is None:
+        print("atheris is not installed (it has no wheel for this Python or system): nothing is fuzzed; the test suite still tries mutants")
+        return 0
     from seeds import WORDS, seeds
 
     corpus = seeds()
@@ -62,7 +66,10 @@ def main() -> int:
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
         lines = done.stderr.splitlines()
         runs = next((line.split()[-1] for line in lines if "number_of_executed_units" in line), "?")
-        print(f"{name}: {runs} inputs in {seconds} s, {'nothing found' if done.returncode == 0 else f'exit code {done.returncode}'}", flush=True)
+        print(
+            f"{name}: {runs} inputs in {seconds} s, {'nothing found' if done.returncode == 0 else f'exit code {done.returncode}'}",
+            flush=True,
+        )
         if done.returncode:
             found.append(name)
             print("\n".join(lines[-60:]), file=sys.stderr, flush=True)

@@ -110,14 +110,17 @@ def test_the_edge_of_archives(tmp_path, monkeypatch):
                 torch_zip_reader.read(path)
     monkeypatch.setattr(torch_zip_reader, "MAX_RECORDS", 9)
     monkeypatch.setattr(torch_zip_reader, "MAX_DIRECTORY", 50)
-    with pytest.raises(Refusal, match="the archive's directory has .* bytes; at most 50 are read"):
+    with pytest.raises(Refusal, match=r"the archive's directory has [0-9]+ bytes; at most 50 are read"):
         torch_zip_reader.read(path)
 
 
 def test_the_edge_of_rule_files():
     yamlfile.load(b"a: 1" + b" " * (yamlfile.MAX_BYTES - 4), "r.yaml")
     yamlfile.load(b"[" + b"1," * (yamlfile.MAX_VALUES - 1) + b"]", "r.yaml")
-    for raw, what in ((b"a: 1" + b" " * (yamlfile.MAX_BYTES - 3), "at most 1,048,576 bytes"), (b"[" + b"1," * yamlfile.MAX_VALUES + b"]", "at most 100,000 values")):
+    for raw, what in (
+        (b"a: 1" + b" " * (yamlfile.MAX_BYTES - 3), "at most 1,048,576 bytes"),
+        (b"[" + b"1," * yamlfile.MAX_VALUES + b"]", "at most 100,000 values"),
+    ):
         with pytest.raises(CkptconvError, match=what):
             yamlfile.load(raw, "r.yaml")
 
@@ -146,12 +149,28 @@ M = 48 << 20
 
 
 def modules(inner):
-    return named("a.M") + b")\x81}(" + text("_parameters") + b"}" + text("p") + tensor() + b"s" + text("_buffers") + b"}" + text("_modules") + b"}(" + inner + b"uub"
+    return (
+        named("a.M")
+        + b")\x81}("
+        + text("_parameters")
+        + b"}"
+        + text("p")
+        + tensor()
+        + b"s"
+        + text("_buffers")
+        + b"}"
+        + text("_modules")
+        + b"}("
+        + inner
+        + b"uub"
+    )
 
 
 def doubling(depth):
     """A dict of two names for one dict of two names for one dict of … a tensor."""
-    layers = b"".join(b"}(" + text("a") + b"h" + bytes([at]) + text("b") + b"h" + bytes([at]) + b"uq" + bytes([at + 1]) for at in range(depth))
+    layers = b"".join(
+        b"}(" + text("a") + b"h" + bytes([at]) + text("b") + b"h" + bytes([at]) + b"uq" + bytes([at + 1]) for at in range(depth)
+    )
     return b"(}q\x00" + text("w") + tensor() + b"s" + layers + b"t0h" + bytes([depth])
 
 
