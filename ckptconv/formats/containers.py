@@ -25,6 +25,7 @@ from ckptconv.names import unusable
 MAX_DEPTH = 64
 MAX_NODES = 2_000_000
 MAX_NAMES = 250_000  #: of one state_dict
+MAX_CANDIDATES = 10_000
 MAX_SKIPPED = 200
 #: Names that trainers give to the weights, the likeliest first; what is not here comes after, the largest first.
 KNOWN = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights", "generator",
@@ -95,6 +96,8 @@ def _rank(container: Container) -> tuple[int, int, str]:
 def _search(node: Any, path: tuple[str, ...], found: dict[str, Container], most: int) -> None:
     if len(path) > MAX_DEPTH:
         return
+    if len(found) > MAX_CANDIDATES:
+        raise Refusal(f"the file holds more than {MAX_CANDIDATES:,} state_dicts", code="CK304")
     dotted = ".".join(path) or "."
     if _is_module(node):
         found[dotted] = _from_module(node, dotted, most)
@@ -174,7 +177,7 @@ def _from_dict(node: dict[Any, Any], path: str, most: int) -> Container:
         else:
             skipped[name] = value.name if isinstance(value, Foreign) else type(value).__name__
     versions = node.metadata if isinstance(node, Ordered) else None
-    return Container(path, tensors, _versions(versions), skipped, composites, unsupported)
+    return Container(path, tensors, _versions(versions, len(seen)), skipped, composites, unsupported)
 
 
 def _leaves(node: dict[Any, Any], parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -189,8 +192,9 @@ def _leaves(node: dict[Any, Any], parts: tuple[str, ...]) -> Iterator[tuple[tupl
             yield (*parts, str(key)), value
 
 
-def _versions(value: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(value, dict):
+def _versions(value: Any, names: int) -> dict[str, dict[str, Any]]:
+    """Module path -> its version. There are not many more modules than tensors; what says otherwise is left alone."""
+    if not isinstance(value, dict) or len(value) > 1000 + 10 * names:
         return {}
     plain = (int, float, str, bool, type(None))
     return {
@@ -224,7 +228,7 @@ def _scripted_parts(node: Foreign) -> tuple[_Entries, _Entries]:
 
 def _module_parts(node: Foreign) -> tuple[_Entries, _Entries]:
     state = node.state
-    transient = state.get("_non_persistent_buffers_set") or []
+    transient = {name for name in state.get("_non_persistent_buffers_set") or () if type(name) is str}
     buffers = [(key, value) for key, value in (state.get("_buffers") or {}).items() if key not in transient]
     return [*state["_parameters"].items(), *buffers], [(key, child) for key, child in state["_modules"].items() if _is_module(child)]
 
@@ -241,7 +245,7 @@ def _from_module(module: Foreign, path: str, most: int) -> Container:
         if len(parts) > MAX_DEPTH:
             raise Refusal(f"modules nest deeper than {MAX_DEPTH}", code="CK304")
         entries, children = _scripted_parts(node) if _is_scripted(node) else _module_parts(node)
-        visited += 1 + len(entries)
+        visited += 1 + len(entries) + len(node.state.get("_non_persistent_buffers_set") or ())
         if visited > most:
             raise Refusal(f"a module of more than {most:,} submodules and tensors", code="CK304", found=f"in {printable(path)}")
         for key, value in entries:

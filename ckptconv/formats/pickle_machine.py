@@ -328,9 +328,12 @@ class _Machine:
         known = KNOWN.get(function.name)
         if known is None:
             return Foreign(function.name, arguments=arguments)
-        for argument in arguments[:1]:  # what a call copies may be asked for again and again
-            if isinstance(argument, (list, tuple, dict, str)):
-                self.copied += len(argument) if not isinstance(argument, str) else len(argument) >> 6
+        # What a call copies (its first argument, or its last) may be asked for again and again.
+        for argument in arguments if len(arguments) < 2 else (arguments[0], arguments[-1]):
+            if isinstance(argument, (list, tuple, dict)):
+                self.copied += len(argument)
+            elif isinstance(argument, str):
+                self.copied += len(argument) >> 6
         if self.copied > MAX_OBJECTS * self.times:
             raise malformed(f"the pickle copies more than {MAX_OBJECTS * self.times:,} objects", self.at)
         return known(arguments)

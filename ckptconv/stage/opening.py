@@ -20,7 +20,8 @@ from ckptconv.ruleset.builtin import find
 from ckptconv.ruleset.model import RuleFile
 from ckptconv.spec import Manifest
 
-MAX_JSON = 16 << 20  #: bytes (docs/limits.md)
+#: bytes (docs/limits.md)
+MAX_CONFIG, MAX_PLAN = 16 << 20, 64 << 20
 MAX_LOOK_ALIKES = 5
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
@@ -149,13 +150,13 @@ def choose(contents: Contents, select: Sequence[str], path: Path) -> Container:
     return next(iter(found.values()))
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Plain JSON from a file of at most 16 MiB; :class:`~ckptconv.errors.UsageError` for anything else."""
+def read_json(path: Path, what: str, limit: int) -> Any:
+    """Plain JSON from a file of at most ``limit`` bytes; :class:`~ckptconv.errors.UsageError` for anything else."""
     try:
         with path.open("rb") as stream:
-            raw = stream.read(MAX_JSON + 1)
-        if len(raw) > MAX_JSON:
-            raise ValueError("the file is over 16 MiB")
+            raw = stream.read(limit + 1)
+        if len(raw) > limit:
+            raise ValueError(f"the file is over {limit >> 20} MiB")
         return json.loads(raw)
     except OSError as error:
         raise UsageError(Problem("CK107", f"{what} cannot be read: {error.strerror}", where=printable(path))) from None
@@ -172,7 +173,7 @@ def config_for(path: Path, given: Path | None) -> Mapping[str, Any] | None:
         return None
     found = given or beside
     assert found is not None
-    config = read_json(found, "the config")
+    config = read_json(found, "the config", MAX_CONFIG)
     if not isinstance(config, dict):
         raise UsageError(Problem("CK107", "the config must be a JSON object", where=printable(found)))
     return config

@@ -19,6 +19,7 @@ from ckptconv.ruleset.model import RuleFile
 from ckptconv.ruleset.patterns import Pattern
 from ckptconv.spec import Manifest
 from ckptconv.stage.opening import (
+    MAX_PLAN,
     Source,
     config_for,
     manifest_of_word,
@@ -132,7 +133,7 @@ def _backwards(make: Callable[..., Plan], opened: Source, rules: RuleFile, optio
 
 def prepare_saved(plan_file: Path, source: Path, options: Options) -> Prepared:
     """A conversion by a plan that ``plan --out`` saved. Refuses when the source's names, shapes, dtypes or ties are not the plan's."""
-    data = read_json(plan_file, "the plan")
+    data = read_json(plan_file, "the plan", MAX_PLAN)
     try:
         saved = data["plan"]
         plan = Plan.from_json(saved)

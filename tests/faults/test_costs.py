@@ -6,10 +6,10 @@ import struct
 from pathlib import Path
 
 import pytest
-from building import Record, named, pickled, tensor, text, torch_file, whole
+from building import Record, call, named, numbers, pickled, row, storage, table, tensor, text, torch_file, whole
 from harness import MB
 
-from ckptconv.errors import CkptconvError, Refusal
+from ckptconv.errors import CkptconvError, Refusal, printable
 from ckptconv.formats import pickle_machine, torch_zip_reader
 from ckptconv.formats.containers import MAX_DEPTH, MAX_NODES, check_tree
 from ckptconv.formats.pickle_machine import MAX_MEMO, allowance, run
@@ -92,6 +92,17 @@ def test_the_edge_of_sharing():
         check_tree([inner] * (MAX_NODES // 999 + 1))
 
 
+def test_what_has_no_end_is_quoted_from_its_start():
+    doubled = ["x"]
+    for _ in range(200):
+        doubled = [doubled, doubled]
+    assert len(printable(doubled)) == 201
+    assert printable([1, "a", (2,), (), {"k": [None, b"b"]}]) == repr([1, "a", (2,), (), {"k": [None, b"b"]}])
+    itself = {}
+    itself["me"] = itself
+    assert printable(itself).startswith("{'me': {'me': ")
+
+
 def test_the_edge_of_json():
     assert len(parse_json(b"[" + b"0," * (MAX_VALUES - 1) + b"0]", code="CK307")) == MAX_VALUES
     with pytest.raises(Refusal, match="more than 2,000,000 values"):
@@ -145,7 +156,7 @@ def test_the_edge_of_patterns_and_expressions():
 
 # ----------------------------------------------------------------------------------------- just below the limits, in a measured process
 
-M = 48 << 20
+M = 32 << 20
 
 
 def modules(inner):
@@ -174,6 +185,32 @@ def doubling(depth):
     return b"(}q\x00" + text("w") + tensor() + b"s" + layers + b"t0h" + bytes([depth])
 
 
+#: A million empty values, to be copied again and again.
+MANY_IN_A_TUPLE = b"(" + b"N" * 1_000_000 + b"t"
+LAUGHS = b"(]q\x00" + b"".join(b"](" + (b"h" + bytes([at])) * 10 + b"eq" + bytes([at + 1]) for at in range(25)) + b"t0h\x19"
+HASH_BOMB = b"X\x01\0\0\0aq\x00" + b"".join(b"h" + bytes([at]) + b"h" + bytes([at]) + b"\x86q" + bytes([at + 1]) for at in range(60))
+LAYOUT = b"(" + HASH_BOMB + b"t0" + named("torch.serialization._get_layout") + b"h\x3c\x85R"
+
+
+def again(value, made, count=100_000):
+    """``value`` is made once, as memory 1, and then ``made`` of it, ``count`` times."""
+    return b"(" + value + b"q\x01t0](" + made * count + b"e"
+
+
+def versions():
+    shared = b"}" + text("_metadata") + b"}(" + b"".join(b"J" + struct.pack("<i", at) + b"}" for at in range(300_000)) + b"us"
+    return (
+        b"("
+        + shared
+        + b"q\x01t0("
+        + text("w")
+        + tensor()
+        + b"q\x02t0}("
+        + b"".join(text(f"s.{at}") + named("collections.OrderedDict") + b")R" + text("w") + b"h\x02s" + b"h\x01b" for at in range(9000))
+        + b"u"
+    )
+
+
 COSTS = [
     ("c009-as-many-memories-as-there-may-be", b"N" + b"".join(b"r" + struct.pack("<I", at) for at in range(MAX_MEMO))),
     ("c011-dicts-shared-eighteen-times-over", doubling(18)),
@@ -185,6 +222,14 @@ COSTS = [
     ("c014-text-beyond-the-basic-plane", b"](" + (b"X" + struct.pack("<I", 15 << 20) + "\N{GRINNING FACE}".encode() + b"a" * ((15 << 20) - 4)) * 4 + b"e"),
     ("c014-integers-without-end", b"](" + b"J\xff\xff\xff\x7f" * (M // 5) + b"e"),
     ("c014-dicts-in-a-dict", b"}(" + b"".join(b"J" + struct.pack("<i", at) + b"}" for at in range(740_000)) + b"u"),
+    ("c010-a-layout-that-takes-for-ever-to-hash", table(x=call("torch._utils._rebuild_sparse_tensor", LAYOUT, row(tensor(), tensor(), numbers([4]))))),
+    ("c011-laughing-lists-as-a-shape", b"](" + LAUGHS + named("torch.Size") + b"h\x19\x85Re"),
+    ("c011-laughing-lists-as-a-reference", LAUGHS + b"Q"),
+    ("c011-versions-of-nine-thousand-state-dicts", versions()),
+    ("c014-arguments-copied-without-end", again(MANY_IN_A_TUPLE, named("copyreg._reconstructor") + b"h\x01R")),
+    ("c014-dicts-copied-by-their-last-argument", again(b"}(" + b"".join(b"J" + struct.pack("<i", at) + b"N" for at in range(300_000)) + b"u", named("collections.OrderedDict") + b"Nh\x01\x86R")),
+    ("c014-schemes-copied-without-end", again(MANY_IN_A_TUPLE, named("torch._utils._rebuild_qtensor") + b"(" + storage(32, kind="QInt8Storage") + b"NNNh\x01tR", 1)),
+    ("c014-states-compared-without-end", again(b"}(" + b"".join(b"J" + struct.pack("<i", at) + b"N" for at in range(300_000)) + b"u", named("collections.OrderedDict") + b")Rh\x01b")),
     ("c015-keys-that-hash-alike", b"}(" + b"".join(whole((2**61 - 1) * at << 8) + b"N" for at in range(1, 20_000)) + b"u"),
     ("c049-shapes-of-a-million-axes", b"]q\x00(" + b"K\x01" * 1_000_000 + b"e](" + (named("torch.Size") + b"h\x00\x85R") * 1000 + b"e"),
 ]  # fmt: skip
