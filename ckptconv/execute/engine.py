@@ -224,11 +224,10 @@ def _compute(crew: _Crew, bench: _Bench, copier: Copier, group: Sequence[Output]
         for current in group:
             with noticing() as counts:
                 _, value = next(results)
-                notice("NaN or infinite", nonfinite_in(value))
+                _store(crew, bench, current, value)
             if counts:
                 with crew._lock:
                     crew.noticed[current.name] = dict(counts)
-            _store(crew, bench, current, value)
             del value
             if crew.stop.is_set():
                 return
@@ -248,6 +247,7 @@ def _compute(crew: _Crew, bench: _Bench, copier: Copier, group: Sequence[Output]
 def _store(crew: _Crew, bench: _Bench, output: Output, value: Any) -> None:
     place = bench.where[output.name]
     value = value.detach().resolve_conj().resolve_neg().contiguous()
+    notice("NaN or infinite", nonfinite_in(value))
     data = bytes_of(value)
     digest, crc = xxhash.xxh3_128(), 0
     with bench.descriptors.use(bench.number[place.file]) as descriptor:

@@ -9,6 +9,7 @@ from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Placed
 from ckptconv.spec import DType
 
+_CHUNK = 1 << 22
 #: torch cannot tell for these: pairs of four-bit numbers (which have neither), complex halves, and exponents without a number.
 _WITHOUT = frozenset({DType.float4_e2m1fn_x2, DType.complex32, DType.float8_e8m0fnu})
 
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
 
 
 def nonfinite_in(tensor: Tensor) -> int:
-    """How many elements are NaN or infinite; 0 for dtypes that have neither."""
+    """How many elements of a contiguous tensor are NaN or infinite; 0 for dtypes that have neither."""
     import torch
 
     if not (tensor.is_floating_point() or tensor.is_complex()) or str(tensor.dtype).removeprefix("torch.") in _WITHOUT:
         return 0
-    wide = tensor.to(torch.float32) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
-    return int(tensor.numel()) - int(torch.isfinite(wide).sum())
+    flat, count = tensor.view(-1), 0
+    for at in range(0, flat.numel(), _CHUNK):
+        part = flat[at : at + _CHUNK]
+        count += part.numel() - int(torch.isfinite(part if part.element_size() > 1 else part.to(torch.float32)).sum())
+    return count
 
 
 def nonfinite_counts(sources: Sources, placed: Mapping[str, Placed]) -> dict[str, int]:
