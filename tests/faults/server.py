@@ -59,7 +59,7 @@ def child(request: dict[str, object], base_nbytes: int, events: int) -> None:
     def watch(event: str, arguments: tuple[object, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
-            wanted = isinstance(flags, int) and flags & _WRITES and path != os.devnull
+            wanted = isinstance(flags, int) and flags & _WRITES and path != os.devnull and not isinstance(path, int)  # an open one
         else:
             path, wanted = arguments[0] if arguments else "", event.startswith(WATCHED)
         if wanted:
