@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 SECONDS ?= 600
 
-.PHONY: help setup demo test torture lint format bench cases schema convert clean
+.PHONY: help setup demo test torture fuzz lint format bench cases schema convert clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make torture  every fault of the output tests, then faults at random [SECONDS=600]"
 	@echo "make lint     style, strict types, import floors, rule files and their lock"
 	@echo "make bench    timings in pairs, as ratios"
+	@echo "make fuzz     coverage-guided fuzzing of everything that reads a stranger's bytes [SECONDS=600]"
 	@echo "make cases    convert reference conversions of other people's making and compare [CASES=folder]"
 	@echo "make convert IN=folder OUT=folder RULES=name [ARGS='--target …']   every checkpoint under IN, only what changed"
 	@echo "make schema   write schema/rule-v1.schema.json anew"
@@ -58,6 +59,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/run.py
+
+# SECONDS in all, shared by the targets. atheris comes with requirements/dev.txt where it has a wheel.
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
 
 # Real conversions with proved results. They are not part of the repository: the folder is given, or lies beside the checkout.
 CASES ?= ../shared/cases

@@ -50,7 +50,7 @@ def run(
     ('L0 L1 L3', ['weight'])
     """
     from ckptconv.stage.preparing import Options
-    from ckptconv.stage.producing import produce
+    from ckptconv.stage.producing import noticed, produce
 
     started = time.monotonic()
     chosen = Options(**options)
@@ -63,7 +63,7 @@ def run(
     })  # fmt: skip
     left_out = (f"not carried along: {printable(', '.join(produced.left_out[:5]))}",) if produced.left_out else ()
     return replace(
-        report, source={**report.source, "digest": produced.source_digest}, notes=report.notes + left_out, ladder=produced.ladder,
+        report, source={**report.source, "digest": produced.source_digest}, notes=(*report.notes, *noticed(produced.receipt), *left_out), ladder=produced.ladder,
         cost={"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
         seconds=time.monotonic() - started, workers=tuple(worker.to_json() for worker in produced.receipt.workers),
     )  # fmt: skip

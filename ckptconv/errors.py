@@ -7,12 +7,13 @@ the exit code that the command line gives back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 DONE, FINDINGS, USAGE, INPUT, FIT, OUTPUT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 MAX_QUOTE = 200
+_MAX_SHOWN_DEPTH = 8
 
 
 def printable(text: object, limit: int = MAX_QUOTE) -> str:
@@ -23,12 +24,40 @@ def printable(text: object, limit: int = MAX_QUOTE) -> str:
     >>> printable("layer\\x1b[31m")
     'layer\\\\x1b[31m'
     """
-    shown = str(text)
+    shown = _written(text, limit) if isinstance(text, (list, tuple, dict)) else str(text)
     cut = len(shown) > limit
     shown = shown[:limit]
     if not shown.isprintable():
         shown = "".join(ch if ch.isprintable() else ch.encode("unicode_escape", "surrogatepass").decode("ascii") for ch in shown)
     return shown + "…" if cut else shown
+
+
+def _written(value: object, limit: int) -> str:
+    """The start of ``repr(value)``, and no more work than that: lists of lists of the same list have no end when they are written out."""
+    shown = ""
+    for piece in _pieces(value, limit):
+        shown += piece
+        if len(shown) > limit:
+            break
+    return shown
+
+
+def _pieces(value: object, limit: int, depth: int = 0) -> Iterator[str]:
+    if not isinstance(value, (list, tuple, dict)):
+        yield repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+    elif depth == _MAX_SHOWN_DEPTH:
+        yield "…"
+    else:
+        opening, closing = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
+        yield opening
+        for at, item in enumerate(value):
+            yield ", " if at else ""
+            if isinstance(value, dict):
+                yield from _pieces(item, limit, depth + 1)
+                yield ": "
+                item = value[item]  # noqa: PLW2901
+            yield from _pieces(item, limit, depth + 1)
+        yield ",)" if closing == ")" and len(value) == 1 else closing
 
 
 class Refusal(ValueError):  # noqa: N818  (a reason on its way up, not yet an error)
@@ -167,6 +196,8 @@ CODES: Mapping[str, str] = {
     "CK410": "A cast overflowed.",
     "CK411": "The models could not be run and compared.",
     "CK412": "The models give different outputs.",
+    "CK413": "Quantised numbers cannot be decoded: a scale is missing, zero or not finite.",
+    "CK414": "The output holds values that are not finite, and --forbid-nonfinite was given.",
     # 5xx: output
     "CK501": "The output exists, and --force was not given.",
     "CK502": "The output is, or lies inside, the source.",

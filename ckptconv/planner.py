@@ -22,7 +22,7 @@ from ckptconv.tiling import Piece, Untiled, tile
 from ckptconv.transforms import Concat, Decode, Dense, Reshape
 
 #: Problems of the checkpoint rather than of the rule file: they end with exit code 4 instead of 2.
-_ABOUT_THE_SOURCE = frozenset({"CK207", "CK208", "CK210"})
+_ABOUT_THE_SOURCE = frozenset({"CK207", "CK208", "CK210", "CK413"})
 _MAX_PROBLEMS = 40
 
 

@@ -246,6 +246,13 @@ class Manifest:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Manifest:
         """The manifest that :meth:`to_json` described. Raises ``ValueError`` for anything else."""
+        try:
+            return Manifest._from_json(data)
+        except TypeError as error:  # a list where a name should be, a number where a list should be
+            raise ValueError(f"not a saved manifest: {error}") from None
+
+    @staticmethod
+    def _from_json(data: Mapping[str, Any]) -> Manifest:
         if not isinstance(data, Mapping) or data.get("ckptconv_manifest") != 1:
             raise ValueError('not a saved manifest: it has no "ckptconv_manifest": 1')
         entries, order = data.get("tensors"), data.get("order")

@@ -92,6 +92,9 @@ _CONVERSION = _options(
     click.option("--force", is_flag=True, help="replace what is at DST; without it nothing is ever overwritten"),
     _THREADS,
     click.option("--max-memory", metavar="SIZE", help="refuse a conversion that would need more"),
+    click.option("--max-output", metavar="SIZE", help="refuse an output that would be larger"),
+    click.option("--forbid-nonfinite", is_flag=True, help="refuse an output with a NaN or an infinity in it"),
+    click.option("--allow-code", is_flag=True, help="let the rule file's target be py:module:factory, which runs code of yours"),
     _TIMEOUT,
 )
 

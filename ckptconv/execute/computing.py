@@ -14,10 +14,12 @@ from ckptconv.execute.checksums import Checksums
 from ckptconv.execute.copying import Found, write_at
 from ckptconv.execute.crew import Worker
 from ckptconv.execute.memory_run import computed
+from ckptconv.execute.nonfinite import NONFINITE, nonfinite_in
 from ckptconv.execute.ranges import span_of
 from ckptconv.execute.sources import bytes_of, checksum_mismatch
 from ckptconv.plan import Apply, Output, Read
 from ckptconv.transforms import Cast
+from ckptconv.transforms.noticing import notice, noticing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,11 +44,17 @@ class Compute:
         found = Found()
         current = self.island[0]
         try:
-            if not self._cast_by_pieces(worker, found):
+            with noticing() as counts:
+                by_pieces = self._cast_by_pieces(worker, found)
+            if by_pieces:
+                found.noticed |= {current.name: dict(counts)} if counts else {}
+            else:
                 results = computed(self.island, lambda node: self._read(node, found))
                 for current in self.island:
-                    _, value = next(results)
-                    self._store(worker, current, value, found)
+                    with noticing() as counts:
+                        _, value = next(results)
+                        self._store(worker, current, value, found)
+                    found.noticed |= {current.name: dict(counts)} if counts else {}
                     del value
                     if worker.stop.is_set():
                         return
@@ -86,7 +94,9 @@ class Compute:
 
     def _store(self, worker: Worker, output: Output, value: Any, found: Found) -> None:
         file, offset = self.bench.where[output.name]
-        data = bytes_of(value.detach().resolve_conj().resolve_neg().contiguous())
+        value = value.detach().resolve_conj().resolve_neg().contiguous()
+        notice(NONFINITE, nonfinite_in(value))
+        data = bytes_of(value)
         sums = Checksums(crc=self.bench.wants_crc[file], digest=True)
         for at in range(0, len(data), _CHUNK):
             part = data[at : at + _CHUNK]
@@ -126,9 +136,11 @@ class Compute:
             self.bench.sources.read_into(placed.storage.file, placed.storage.offset + placed.offset + at, bytes_of(part))
             before.update(bytes_of(part))
             try:
-                data = bytes_of(expr.transform.apply(part.view(dtype)))
+                value = expr.transform.apply(part.view(dtype))
             except Refusal:
                 return False
+            notice(NONFINITE, nonfinite_in(value))
+            data = bytes_of(value)
             after.update(data)
             self._write(worker, file, offset, data)
             offset += len(data)

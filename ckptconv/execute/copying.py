@@ -53,18 +53,20 @@ class Copy:
 
 @dataclass(slots=True)
 class Found:
-    """Checksums of bytes that passed; several workers' are put together by :meth:`add`."""
+    """What was found of bytes that passed; several workers' are put together by :meth:`add`."""
 
     crc32: dict[str, int] = field(default_factory=dict)  #: by output
     outputs: dict[str, str] = field(default_factory=dict)  #: digests by output
     tensors: dict[str, str] = field(default_factory=dict)  #: digests by source tensor
     checked: set[tuple[int, int]] = field(default_factory=set)  #: (file, offset) of storages whose recorded CRC-32 is right
+    noticed: dict[str, dict[str, int]] = field(default_factory=dict)  #: by output: what happened to how many of its values
 
     def add(self, other: Found) -> None:
         self.crc32 |= other.crc32
         self.outputs |= other.outputs
         self.tensors |= other.tensors
         self.checked |= other.checked
+        self.noticed |= other.noticed
 
     def note(self, output: str, sums: Checksums) -> None:
         """The checksums of a whole output."""

@@ -19,6 +19,7 @@ from ckptconv.execute.descriptors import Descriptors
 from ckptconv.execute.memory import budget_nbytes, peak_nbytes
 from ckptconv.execute.ranges import Span, as_spans
 from ckptconv.execute.sources import Sources
+from ckptconv.execute.truth import check_truth_values
 from ckptconv.formats.base import FileLayout, Placed
 from ckptconv.plan import Output, Plan, Read, islands
 
@@ -37,6 +38,7 @@ class Receipt:
     copied_nbytes: int
     computed_nbytes: int
     workers: tuple[Worker, ...] = ()
+    noticed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  #: computed output -> what happened to how many of its values
 
 
 @dataclass
@@ -112,6 +114,7 @@ def fill(
     groups = islands(to_compute)
     peaks = [peak_nbytes(group) for group in groups]
     budget = budget_nbytes(groups, peaks, threads, max_memory)
+    check_truth_values(sources, everything)
     number = {layout.name: at for at, layout in enumerate(layouts)}
     with closing(_outputs(layouts, folder)) as descriptors, ExitStack() as stack:
         bench = Bench(everything, sources, where, wants_crc, digests, sync, descriptors, number, seen)
@@ -133,7 +136,7 @@ def fill(
         crc32[where[name][0]].setdefault(name, value)
     return Receipt(
         crc32, seen.outputs, seen.tensors, frozenset(seen.checked), copied,
-        sum(output.expr.spec.nbytes for output in to_compute), workers,
+        sum(output.expr.spec.nbytes for output in to_compute), workers, seen.noticed,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Placed:
         return is_contiguous(self.spec.shape, self.strides) and not self.storage.big_endian
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Foreign:
     """An object of a class that ckptconv does not know: never built, only named. ``state`` and ``arguments`` are plain data.
 
@@ -56,8 +56,11 @@ class Foreign:
     state: Any = None
     arguments: tuple[Any, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<{self.name}>"  # and nothing of its state, which may have no end
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Keyed:
     """The entry of a dict whose key is an object: it stands under a text of our own, and remembers its key."""
 

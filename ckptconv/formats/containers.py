@@ -17,15 +17,20 @@ from typing import Any
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Container, Contents, Foreign, Placed, Unsupported
+from ckptconv.formats.pickle_machine import allowance
 from ckptconv.formats.rebuilding import Global, Ordered, StorageRef
 from ckptconv.names import unusable
 
+#: docs/limits.md; the second and third grow with the checkpoint.
 MAX_DEPTH = 64
-MAX_NODES = 20_000_000
+MAX_NODES = 2_000_000
+MAX_NAMES = 250_000  #: of one state_dict
+MAX_CANDIDATES = 10_000
 MAX_SKIPPED = 200
 #: Names that trainers give to the weights, the likeliest first; what is not here comes after, the largest first.
 KNOWN = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights", "generator",
          "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")  # fmt: skip
+_CONTAINERS = (dict, list, tuple)
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
 
@@ -39,38 +44,47 @@ def contents_from_tree(
 ) -> Contents:
     """The contents of a file whose object is ``tree``. Raises :class:`~ckptconv.errors.Refusal` for a tree that is none (cycles, too deep,
     too large when written out) and for names that cannot be used."""
-    check_tree(tree)
+    times = allowance(sum(path.stat().st_size for path in files))
+    check_tree(tree, times)
     found: dict[str, Container] = {}
-    _search(tree, (), found)
+    _search(tree, (), found, MAX_NAMES * times)
     ranked = sorted(found.values(), key=_rank)
     return Contents(
         format, files, {container.path: container for container in ranked}, tree, metadata or {}, dict(_strangers(tree)), warnings,
     )  # fmt: skip
 
 
-def check_tree(tree: Any) -> None:
-    """Refuses a tree that contains itself, nests too deep, or would be too large when every shared part is written out."""
-    weights: dict[int, int] = {}
-    open_: set[int] = set()
-    stack: list[tuple[Any, int, bool]] = [(tree, 0, False)]
+def check_tree(tree: Any, times: int = 1) -> None:
+    """Refuses a tree that contains itself, nests too deep, or would be too large when every shared part is written out.
+
+    ``times`` multiplies the limit on its size, see :func:`ckptconv.formats.pickle_machine.allowance`.
+    """
+    weights: dict[int, int] = {}  # containers and dict entries, with all below; 0 while it is open
+    heights: dict[int, int] = {}  # 1 where it is not here
+    stack: list[Any] = [tree] if isinstance(tree, _CONTAINERS) else []
     while stack:
-        node, depth, leaving = stack.pop()
-        if not isinstance(node, (dict, list, tuple)) or (id(node) in weights and not leaving):
+        node = stack[-1]
+        inner = [child for child in (node.values() if isinstance(node, dict) else node) if isinstance(child, _CONTAINERS) and child]
+        weight = weights.get(id(node))
+        if weight is None and inner:
+            weights[id(node)] = 0
+            for child in inner:
+                known = weights.get(id(child))
+                if known is None:
+                    stack.append(child)
+                elif not known:
+                    raise Refusal("a container holds itself", code="CK304")
             continue
-        children = node.values() if isinstance(node, dict) else node
-        if leaving:
-            open_.discard(id(node))
-            weights[id(node)] = 1 + sum(weights.get(id(child), 1) if isinstance(child, (dict, list, tuple)) else 1 for child in children)
-            if weights[id(node)] > MAX_NODES:
-                raise Refusal("the same containers are reached again and again: written out, the file would have no end", code="CK304")
+        stack.pop()
+        if weight:  # it was reached twice, and is done
             continue
-        if id(node) in open_:
-            raise Refusal("a container holds itself", code="CK304")
-        if depth > MAX_DEPTH:
-            raise Refusal(f"the file nests deeper than {MAX_DEPTH}", code="CK304")
-        open_.add(id(node))
-        stack.append((node, depth, True))
-        stack.extend((child, depth + 1, False) for child in children if isinstance(child, (dict, list, tuple)))
+        weights[id(node)] = weight = 1 + (len(node) if isinstance(node, dict) else 0) + sum([weights[id(child)] for child in inner])
+        if weight > MAX_NODES * times:
+            raise Refusal("the same containers are reached again and again: written out, the file would have no end", code="CK304")
+        if inner:
+            heights[id(node)] = height = 1 + max([heights.get(id(child), 1) for child in inner])
+            if height > MAX_DEPTH:
+                raise Refusal(f"the file nests deeper than {MAX_DEPTH}", code="CK304")
 
 
 def _rank(container: Container) -> tuple[int, int, str]:
@@ -79,21 +93,23 @@ def _rank(container: Container) -> tuple[int, int, str]:
     return order, -sum(placed.spec.numel for placed in container.tensors.values()), container.path
 
 
-def _search(node: Any, path: tuple[str, ...], found: dict[str, Container]) -> None:
+def _search(node: Any, path: tuple[str, ...], found: dict[str, Container], most: int) -> None:
     if len(path) > MAX_DEPTH:
         return
+    if len(found) > MAX_CANDIDATES:
+        raise Refusal(f"the file holds more than {MAX_CANDIDATES:,} state_dicts", code="CK304")
     dotted = ".".join(path) or "."
     if _is_module(node):
-        found[dotted] = _from_module(node, dotted)
+        found[dotted] = _from_module(node, dotted, most)
         return
     if not isinstance(node, dict) or _is_optimizer(node):
         return
     if _is_state_dict(node) or _is_parameter_tree(node):
-        found[dotted] = _from_dict(node, dotted)
+        found[dotted] = _from_dict(node, dotted, most)
         return
     for key, value in node.items():
         if isinstance(key, (str, int)) and isinstance(value, (dict, Foreign)):
-            _search(value, (*path, str(key)), found)
+            _search(value, (*path, str(key)), found, most)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -136,7 +152,7 @@ def _is_parameter_tree(node: dict[Any, Any]) -> bool:
     return not any(str(key) in KNOWN for key in node) and _only_tensors(node)
 
 
-def _from_dict(node: dict[Any, Any], path: str) -> Container:
+def _from_dict(node: dict[Any, Any], path: str, most: int) -> Container:
     tensors: dict[str, Placed] = {}
     composites: dict[str, Composite] = {}
     unsupported: dict[str, str] = {}
@@ -150,6 +166,8 @@ def _from_dict(node: dict[Any, Any], path: str) -> Container:
         if name in seen:
             raise Refusal(f"two entries are called {printable(name)!r}", code="CK306", found=f"in {printable(path)}")
         seen.add(name)
+        if len(seen) > most:
+            raise Refusal(f"a state_dict of more than {most:,} names", code="CK304", found=f"in {printable(path)}")
         if isinstance(value, Placed):
             tensors[name] = value
         elif isinstance(value, Composite):
@@ -159,7 +177,7 @@ def _from_dict(node: dict[Any, Any], path: str) -> Container:
         else:
             skipped[name] = value.name if isinstance(value, Foreign) else type(value).__name__
     versions = node.metadata if isinstance(node, Ordered) else None
-    return Container(path, tensors, _versions(versions), skipped, composites, unsupported)
+    return Container(path, tensors, _versions(versions, len(seen)), skipped, composites, unsupported)
 
 
 def _leaves(node: dict[Any, Any], parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -174,8 +192,9 @@ def _leaves(node: dict[Any, Any], parts: tuple[str, ...]) -> Iterator[tuple[tupl
             yield (*parts, str(key)), value
 
 
-def _versions(value: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(value, dict):
+def _versions(value: Any, names: int) -> dict[str, dict[str, Any]]:
+    """Module path -> its version. There are not many more modules than tensors; what says otherwise is left alone."""
+    if not isinstance(value, dict) or len(value) > 1000 + 10 * names:
         return {}
     plain = (int, float, str, bool, type(None))
     return {
@@ -209,24 +228,26 @@ def _scripted_parts(node: Foreign) -> tuple[_Entries, _Entries]:
 
 def _module_parts(node: Foreign) -> tuple[_Entries, _Entries]:
     state = node.state
-    transient = state.get("_non_persistent_buffers_set") or []
+    transient = {name for name in state.get("_non_persistent_buffers_set") or () if type(name) is str}
     buffers = [(key, value) for key, value in (state.get("_buffers") or {}).items() if key not in transient]
     return [*state["_parameters"].items(), *buffers], [(key, child) for key, child in state["_modules"].items() if _is_module(child)]
 
 
-def _from_module(module: Foreign, path: str) -> Container:
+def _from_module(module: Foreign, path: str, most: int) -> Container:
     tensors: dict[str, Placed] = {}
     composites: dict[str, Composite] = {}
     unsupported: dict[str, str] = {}
     skipped: dict[str, str] = {}
     stack: list[tuple[Foreign, tuple[str, ...]]] = [(module, ())]
+    visited = 0
     while stack:
         node, parts = stack.pop()
         if len(parts) > MAX_DEPTH:
             raise Refusal(f"modules nest deeper than {MAX_DEPTH}", code="CK304")
-        if len(tensors) > MAX_NODES:
-            raise Refusal("the modules never end", code="CK304")
         entries, children = _scripted_parts(node) if _is_scripted(node) else _module_parts(node)
+        visited += 1 + len(entries) + len(node.state.get("_non_persistent_buffers_set") or ())
+        if visited > most:
+            raise Refusal(f"a module of more than {most:,} submodules and tensors", code="CK304", found=f"in {printable(path)}")
         for key, value in entries:
             name = ".".join((*parts, str(key)))
             reason = unusable(name)

@@ -6,6 +6,7 @@ zip of its own. A tensor of one chunk is placed as it is; one of several is a co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,13 +16,12 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Contents, Foreign, Keyed, Placed
 from ckptconv.formats.containers import contents_from_tree
-from ckptconv.formats.pickle_machine import run
+from ckptconv.formats.pickle_machine import MAX_PICKLE, allowance, run
 from ckptconv.formats.strict import opened, read_at
 from ckptconv.formats.torch_zip_reader import read_embedded
 from ckptconv.spec import Box, TensorSpec
 
 METADATA = ".metadata"
-MAX_METADATA = 256 << 20
 _CHUNK = "torch.distributed.checkpoint.metadata.ChunkStorageMetadata"
 
 
@@ -44,13 +44,12 @@ def read(folder: Path) -> Contents:
     Raises :class:`~ckptconv.errors.Refusal` CK302 for a folder whose parts do not fit each other, and for chunks that were transformed.
     """
     with opened(folder / METADATA) as descriptor:
-        import os
-
         size = os.fstat(descriptor).st_size
-        if size > MAX_METADATA:
-            raise _bad(f".metadata has {size:,} bytes; at most {MAX_METADATA:,} are read")
+        times = allowance(size + sum(path.lstat().st_size for path in folder.glob("*.distcp")))
+        if size > MAX_PICKLE * times:
+            raise _bad(f".metadata has {size:,} bytes; at most {MAX_PICKLE * times:,} are read")
         raw = read_at(descriptor, size, 0)
-    metadata, _ = run(raw, _no_storage)
+    metadata, _ = run(raw, _no_storage, times=times)
     state = _state(metadata, "torch.distributed.checkpoint.metadata.Metadata")
     entries, storage = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(storage, dict):

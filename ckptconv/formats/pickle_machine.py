@@ -17,22 +17,36 @@ from ckptconv.formats.rebuilding import DICTS, KNOWN, Global, Ordered, StorageRe
 from ckptconv.formats.strangers import refused_reason
 from ckptconv.spec import MAX_ELEMENTS
 
-MAX_STEPS = 100_000_000
-MAX_MEMO = 20_000_000
-MAX_TEXT = 16 << 20
+#: What a pickle may cost (docs/limits.md): about two seconds and 400 MB, room for 150,000 tensors. The first four grow with the checkpoint,
+#: see :func:`allowance`.
+MAX_PICKLE = 64 << 20  #: bytes
+MAX_STEPS = 6_000_000
+MAX_OBJECTS = 1_500_000
+MAX_MEMO = 2_000_000
+MAX_GLOBALS = 10_000
+MAX_TEXT = 16 << 20  #: bytes of one text
 MAX_MARKS = 256
 MAX_INTEGER_BYTES = 32
 #: (storage class name, key, element count, view metadata) -> the storage. Raises Refusal for one that is not there.
 Resolve = Callable[[str, str, int, Any], StorageRef]
 
 
-def run(raw: bytes, resolve: Resolve, start: int = 0) -> tuple[Any, int]:
-    """The object of the pickle that starts at ``start``, and where the pickle ends.
+def allowance(nbytes: int) -> int:
+    """How many times the limits a checkpoint of this many bytes gets: who ships a hundred GiB may have the names that go with them.
+
+    >>> allowance(1 << 20), allowance(10 << 30)
+    (1, 11)
+    """
+    return 1 + (nbytes >> 30)
+
+
+def run(raw: bytes, resolve: Resolve, start: int = 0, *, times: int = 1) -> tuple[Any, int]:
+    """The object of the pickle that starts at ``start``, and where the pickle ends. ``times`` multiplies the limits.
 
     Raises :class:`~ckptconv.errors.Refusal`: CK303 for a global that is refused, CK304 for a malformed pickle or a passed limit,
     CK305 for a tensor that does not lie in its storage.
     """
-    machine = _Machine(raw, resolve, start)
+    machine = _Machine(raw, resolve, start, times)
     try:
         return machine.run()
     except (IndexError, KeyError, struct.error, UnicodeDecodeError, ValueError, TypeError, OverflowError) as error:
@@ -43,9 +57,10 @@ def run(raw: bytes, resolve: Resolve, start: int = 0) -> tuple[Any, int]:
 
 
 class _Machine:
-    def __init__(self, raw: bytes, resolve: Resolve, start: int) -> None:
-        self.raw, self.resolve, self.at = raw, resolve, start
+    def __init__(self, raw: bytes, resolve: Resolve, start: int, times: int) -> None:
+        self.raw, self.resolve, self.at, self.times = raw, resolve, start, times
         self.globals: dict[tuple[str, str], Global] = {}
+        self.copied = 0
 
     def run(self) -> tuple[Any, int]:
         raw, at = self.raw, self.at
@@ -53,13 +68,17 @@ class _Machine:
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
         unpack_u2, unpack_u4, unpack_i4 = struct.Struct("<H").unpack_from, struct.Struct("<I").unpack_from, struct.Struct("<i").unpack_from
-        for _ in range(MAX_STEPS):
+        max_objects, max_memo = MAX_OBJECTS * self.times, MAX_MEMO * self.times
+        made = 0  # whatever takes a few dozen bytes or more
+        for _ in range(MAX_STEPS * self.times):
+            if made > max_objects:
+                raise malformed(f"the pickle makes more than {max_objects:,} objects", at)
             self.at = at
             op = raw[at]
             at += 1
             if op == 0x72:  # LONG_BINPUT; the commonest first
-                if len(memo) > MAX_MEMO:
-                    raise malformed(f"the pickle remembers more than {MAX_MEMO:,} things", at)
+                if len(memo) >= max_memo:
+                    raise malformed(f"the pickle remembers more than {max_memo:,} things", at)
                 memo[unpack_u4(raw, at)[0]] = stack[-1]
                 at += 4
             elif op == 0x68:  # BINGET
@@ -75,21 +94,24 @@ class _Machine:
                 stack.append(raw[at])
                 at += 1
             elif op == 0x58:  # BINUNICODE
+                made += 1
                 (size,) = unpack_u4(raw, at)
                 stack.append(self.text(at + 4, size))
                 at += 4 + size
             elif op == 0x28:  # MARK
-                if len(marks) > MAX_MARKS:
+                if len(marks) >= MAX_MARKS:
                     raise malformed(f"the pickle nests deeper than {MAX_MARKS}", at)
                 marks.append(stack)
                 stack = []
             elif op == 0x74:  # TUPLE
+                made += 1
                 whole = tuple(stack)
                 stack = self.unmark(marks)
                 stack.append(whole)
             elif op == 0x51:  # BINPERSID
                 stack.append(self.persistent(stack.pop()))
             elif op == 0x52:  # REDUCE
+                made += 1
                 arguments = stack.pop()
                 stack.append(self.reduce(stack.pop(), arguments))
             elif op == 0x89:  # NEWFALSE
@@ -97,11 +119,14 @@ class _Machine:
             elif op == 0x29:  # EMPTY_TUPLE
                 stack.append(())
             elif op == 0x85:  # TUPLE1
+                made += 1
                 stack.append((stack.pop(),))
             elif op == 0x86:  # TUPLE2
+                made += 1
                 second = stack.pop()
                 stack.append((stack.pop(), second))
             elif op == 0x87:  # TUPLE3
+                made += 1
                 third, second = stack.pop(), stack.pop()
                 stack.append((stack.pop(), second, third))
             elif op == 0x4D:  # BININT2
@@ -111,10 +136,11 @@ class _Machine:
                 stack.append(unpack_i4(raw, at)[0])
                 at += 4
             elif op == 0x94:  # MEMOIZE
-                if len(memo) > MAX_MEMO:
-                    raise malformed(f"the pickle remembers more than {MAX_MEMO:,} things", at)
+                if len(memo) >= max_memo:
+                    raise malformed(f"the pickle remembers more than {max_memo:,} things", at)
                 memo[len(memo)] = stack[-1]
             elif op == 0x8C:  # SHORT_BINUNICODE
+                made += 1
                 stack.append(self.text(at + 1, raw[at]))
                 at += 1 + raw[at]
             elif op == 0x63:  # GLOBAL
@@ -126,15 +152,19 @@ class _Machine:
                 name = stack.pop()
                 stack.append(self.named(stack.pop(), name))
             elif op == 0x75:  # SETITEMS
+                made += len(stack) // 2
                 items = stack
                 stack = self.unmark(marks)
                 self.set_items(stack[-1], items)
             elif op == 0x73:  # SETITEM
+                made += 1
                 value = stack.pop()
                 self.set_items(stack[-2], [stack.pop(), value])
             elif op == 0x7D:  # EMPTY_DICT
+                made += 1
                 stack.append({})
             elif op == 0x5D:  # EMPTY_LIST
+                made += 1
                 stack.append([])
             elif op == 0x61:  # APPEND
                 value = stack.pop()
@@ -160,21 +190,26 @@ class _Machine:
                 state = stack.pop()
                 self.build(stack[-1], state)
             elif op == 0x81:  # NEWOBJ
+                made += 1
                 arguments = stack.pop()
                 stack.append(self.new(stack.pop(), arguments))
             elif op == 0x92:  # NEWOBJ_EX
+                made += 1
                 stack.pop()
                 arguments = stack.pop()
                 stack.append(self.new(stack.pop(), arguments))
             elif op in (0x43, 0x55):  # SHORT_BINBYTES, SHORT_BINSTRING
+                made += 1
                 stack.append(self.bytes(at + 1, raw[at]) if op == 0x43 else self.bytes(at + 1, raw[at]).decode("latin-1"))
                 at += 1 + raw[at]
             elif op in (0x42, 0x54):  # BINBYTES, BINSTRING
+                made += 1
                 (size,) = unpack_u4(raw, at)
                 found = self.bytes(at + 4, size)
                 stack.append(found if op == 0x42 else found.decode("latin-1"))
                 at += 4 + size
             elif op in (0x8D, 0x8E):  # BINUNICODE8, BINBYTES8
+                made += 1
                 (size,) = struct.unpack_from("<Q", raw, at)
                 stack.append(self.text(at + 8, size) if op == 0x8D else self.bytes(at + 8, size))
                 at += 8 + size
@@ -185,6 +220,7 @@ class _Machine:
                     raise malformed(f"pickle protocol {raw[at]}", at)
                 at += 1
             elif op == 0x8F:  # EMPTY_SET; kept as a list: nothing of a file is ever hashed but plain keys
+                made += 1
                 stack.append([])
             elif op in (0x90, 0x91):  # ADDITEMS, FROZENSET
                 items = stack
@@ -198,17 +234,13 @@ class _Machine:
                     stack.pop()
                 else:
                     stack = self.unmark(marks)
-            elif op == 0x31:  # POP_MARK
-                stack = self.unmark(marks)
-            elif op == 0x32:  # DUP
-                stack.append(stack[-1])
             elif op == 0x2E:  # STOP
                 if marks or len(stack) != 1:
                     raise malformed("the pickle ends with something left over", at - 1)
                 return stack[0], at
             else:
                 raise malformed(f"opcode 0x{op:02x} is none that an honest checkpoint needs", at - 1)
-        raise malformed(f"the pickle has more than {MAX_STEPS:,} steps")
+        raise malformed(f"the pickle has more than {MAX_STEPS * self.times:,} steps")
 
     def unmark(self, marks: list[list[Any]]) -> list[Any]:
         if not marks:
@@ -239,6 +271,8 @@ class _Machine:
                 f"the file asks for {printable(module)}.{printable(name)}, which {reason}; nothing of it was run", code="CK303",
                 found=f"at byte {self.at:,} of the pickle", try_="do not load this file anywhere; ask its author for safetensors",
             )  # fmt: skip
+        if len(self.globals) >= MAX_GLOBALS:
+            raise malformed(f"the pickle asks for more than {MAX_GLOBALS:,} different names", self.at)
         self.globals[key] = found = Global(f"{module}.{name}")
         return found
 
@@ -250,6 +284,8 @@ class _Machine:
         if len(items) % 2:
             raise malformed("a key without a value", self.at)
         for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) is int and key.bit_length() > 64:  # those that hash alike make a dict quadratic
+                raise malformed("a key that is an integer of more than 64 bits", self.at, code="CK306")
             if type(key) not in (str, int, float, bool, bytes, type(None)):
                 # Hashing nested tuples can take for ever; such keys stand in tables that are no tensors, and are kept under a text.
                 if isinstance(key, Foreign):
@@ -269,11 +305,11 @@ class _Machine:
     def build(self, target: Any, state: Any) -> None:
         if isinstance(target, Foreign):
             target.state = state
-        elif isinstance(target, Ordered) and isinstance(state, dict) and not set(state) - {"_metadata"}:
+        elif isinstance(target, Ordered) and isinstance(state, dict) and state.keys() <= {"_metadata"}:
             target.metadata = state.get("_metadata")
         else:
-            kind = "tensor" if isinstance(target, (Placed, Composite, Unsupported)) else type(target).__name__
-            raise malformed(f"the file sets attributes on a {kind}", self.at)
+            kinds = {Placed: "tensor", Composite: "tensor", Unsupported: "tensor", Ordered: "dict", Global: "class"}
+            raise malformed(f"the file sets attributes on a {kinds.get(type(target), type(target).__name__)}", self.at)
 
     def new(self, kind: Any, arguments: Any) -> Any:
         if not isinstance(kind, Global) or not isinstance(arguments, tuple):
@@ -290,7 +326,17 @@ class _Machine:
                 return Foreign(f"{function.name}()", arguments=arguments)
             raise malformed(f"a call of a {type(function).__name__}", self.at)
         known = KNOWN.get(function.name)
-        return known(arguments) if known is not None else Foreign(function.name, arguments=arguments)
+        if known is None:
+            return Foreign(function.name, arguments=arguments)
+        # What a call copies (its first argument, or its last) may be asked for again and again.
+        for argument in arguments if len(arguments) < 2 else (arguments[0], arguments[-1]):
+            if isinstance(argument, (list, tuple, dict)):
+                self.copied += len(argument)
+            elif isinstance(argument, str):
+                self.copied += len(argument) >> 6
+        if self.copied > MAX_OBJECTS * self.times:
+            raise malformed(f"the pickle copies more than {MAX_OBJECTS * self.times:,} objects", self.at)
+        return known(arguments)
 
     def persistent(self, reference: Any) -> Any:
         if isinstance(reference, tuple) and len(reference) == 4 and reference[0] == "module" and isinstance(reference[1], Global):

@@ -15,6 +15,7 @@ from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, TensorSpec, contiguous_
 
 #: A view that repeats its elements (``expand``) may be this much larger than what is stored, or this large at all.
 MAX_REPEAT, MAX_EXPANDED = 4, 1 << 30
+MAX_ARGUMENTS = 8  #: of a call whose arguments are copied
 
 
 class Ordered(dict[Any, Any]):
@@ -60,11 +61,11 @@ def storage_dtype(kind: str) -> tuple[DType | None, int, bool]:
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)):
         raise malformed(f"a tensor whose {what} is no row of sizes", code="CK305", found=printable(value))
+    if len(value) > MAX_RANK:
+        raise malformed(f"a tensor of rank {len(value)}; at most {MAX_RANK} are read", code="CK305")
     for size in value:
         if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
             raise malformed(f"a tensor whose {what} is no row of sizes", code="CK305", found=printable(value))
-    if len(value) > MAX_RANK:
-        raise malformed(f"a tensor of rank {len(value)}; at most {MAX_RANK} are read", code="CK305")
     return tuple(value)
 
 
@@ -147,8 +148,10 @@ def _sparse(arguments: tuple[Any, ...]) -> Composite | Unsupported:
     """``_rebuild_sparse_tensor(layout, (indices, values, size, …))``, or row pointers, columns, values and size."""
     if len(arguments) != 2 or not isinstance(arguments[0], Foreign) or not isinstance(arguments[1], tuple):
         return Unsupported("sparse")
-    layout = arguments[0].arguments[:1]
-    parts = {("torch.sparse_coo",): ("indices", "values"), ("torch.sparse_csr",): ("rows", "columns", "values")}.get(layout)
+    layout = arguments[0].arguments[0] if arguments[0].arguments else None
+    if type(layout) is not str:  # nothing of a file is hashed before it is known to be text
+        return Unsupported("sparse")
+    parts = {"torch.sparse_coo": ("indices", "values"), "torch.sparse_csr": ("rows", "columns", "values")}.get(layout)
     if parts is None or len(arguments[1]) <= len(parts) or not all(isinstance(part, Placed) for part in arguments[1][: len(parts)]):
         return Unsupported("sparse")
     placed = dict(zip(parts, arguments[1], strict=False))
@@ -160,7 +163,12 @@ def _sparse(arguments: tuple[Any, ...]) -> Composite | Unsupported:
 
 def _quantised(arguments: tuple[Any, ...]) -> Composite | Unsupported:
     """``_rebuild_qtensor(storage, offset, size, stride, (scheme, scale, zero point[, axis]), …)``: its integers and how to read them."""
-    if len(arguments) < 5 or not isinstance(arguments[0], StorageRef) or not isinstance(arguments[4], tuple):
+    if (
+        len(arguments) < 5
+        or not isinstance(arguments[0], StorageRef)
+        or not isinstance(arguments[4], tuple)
+        or len(arguments[4]) > MAX_ARGUMENTS
+    ):
         raise malformed("a quantised tensor that is none", code="CK305")
     integers = _QUANTISED.get(arguments[0].kind)
     scheme, *rest = arguments[4] or ("",)
@@ -192,7 +200,7 @@ def _encode(arguments: tuple[Any, ...]) -> bytes:
 def _reconstructed(arguments: tuple[Any, ...]) -> Foreign:
     if not arguments or not isinstance(arguments[0], Global):
         raise malformed("an object of something that is no class")
-    return Foreign(arguments[0].name, arguments=arguments[1:])
+    return Foreign(arguments[0].name, arguments=arguments[1:] if len(arguments) <= MAX_ARGUMENTS else ())
 
 
 def _mapping(arguments: tuple[Any, ...]) -> Ordered:

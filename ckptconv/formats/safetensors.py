@@ -23,7 +23,7 @@ from ckptconv.formats.strict import opened, parse_json, read_at
 from ckptconv.names import unusable
 from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, Manifest, TensorSpec, contiguous_strides
 
-MAX_HEADER = 100_000_000  #: bytes; the reference library's own cap
+MAX_HEADER = 50_000_000  #: bytes (docs/limits.md); the reference library stops at twice as many
 METADATA = "__metadata__"
 #: Where the data starts is a multiple of this, unless it keeps its source's place in a page: then of what the reference writer keeps to.
 ALIGNMENT = 64

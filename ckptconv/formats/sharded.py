@@ -21,7 +21,7 @@ from ckptconv.formats.joining import shifted
 from ckptconv.formats.strict import opened, parse_json, read_at
 from ckptconv.spec import Manifest, TensorSpec
 
-MAX_INDEX = 100_000_000  #: bytes
+MAX_INDEX = 50_000_000  #: bytes (docs/limits.md)
 
 #: Suffixes of model files, by format; the first is the one that Hugging Face writes.
 SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType({
@@ -62,7 +62,7 @@ def read_folder(folder: Path, format: str | None = None) -> Contents:  # noqa: A
                       found=_some(files) or "no file", try_="name the file itself")  # fmt: skip
     if len(models) > 1:
         raise _refused("ambiguous: the folder holds models in more than one format",
-                       found=_some(name for names in models.values() for name in names), try_="--format " + " or ".join(models))  # fmt: skip
+                       found=_some(name for names in models.values() for name in names), try_="name the index or the model file that is meant")  # fmt: skip
     (names,) = models.values()
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if len(indexes) == 1:

@@ -15,7 +15,7 @@ _MODULES = {
         ("os", "posix", "nt", "subprocess", "sys", "runpy", "pty", "code", "codeop", "commands", "popen2", "importlib", "imp", "zipimport", "pkgutil", "marshal",
          "types", "ctypes", "_ctypes", "cffi", "_cffi_backend", "multiprocessing", "concurrent", "threading", "_thread", "asyncio", "pip", "setuptools",
          "distutils", "pkg_resources", "ensurepip", "venv", "cProfile", "profile", "timeit", "pdb", "bdb", "trace", "doctest", "unittest", "pydoc", "ast",
-         "compileall", "py_compile", "dis", "inspect", "gc", "atexit", "signal", "sched", "site", "sitecustomize", "usercustomize", "sysconfig",
+         "compileall", "py_compile", "_aix_support", "_osx_support", "_pyrepl", "dis", "inspect", "gc", "atexit", "signal", "sched", "site", "sitecustomize", "usercustomize", "sysconfig",
          "pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "operator", "_operator", "idlelib", "lib2to3", "test", "turtle", "tkinter",
          "antigravity", "webbrowser", "platform", "bench", "IPython", "jupyter", "nose", "pexpect", "fabric", "invoke", "sh", "plumbum", "numba", "cython"),
         _RUNS,
@@ -34,7 +34,7 @@ _SUBMODULES = {
     **dict.fromkeys(
         ("torch.hub", "torch.jit", "torch.serialization", "torch.package", "torch._dynamo", "torch._inductor", "torch.compiler", "torch.ops", "torch._ops",
          "torch.classes", "torch._classes", "torch.utils.cpp_extension", "torch.utils.bottleneck", "torch.utils.collect_env", "torch.utils.model_zoo", "torch.distributed.rpc",
-         "torch.distributed.run", "torch.distributed.launcher", "torch.distributed.elastic", "torch.multiprocessing", "torch.testing", "torch.fx.graph",
+         "torch.distributed.run", "torch.distributed.launcher", "torch.distributed.elastic", "torch.multiprocessing", "torch.testing", "torch.fx.graph", "torch.fx.experimental",
          "numpy.f2py", "numpy.testing", "numpy.distutils", "numpy.lib.npyio", "numpy.ctypeslib", "logging.config", "logging.handlers", "joblib.numpy_pickle",
          "joblib.externals", "pandas.io", "sklearn.externals", "encodings", "xml.sax", "transformers.dynamic_module_utils", "huggingface_hub"),
         _RUNS,
@@ -95,8 +95,9 @@ def refused_reason(module: str, name: str) -> str:
             return found
     # A dotted name may walk from an honest module to anything that it has imported.
     for part in qualified[:-1] if len(qualified) > 1 else []:
-        if part in _MODULES or part.startswith("__"):
-            return _MODULES.get(part, _RUNS)
+        known = _MODULES.get(part) or _MODULES.get(part.lstrip("_"))  # `import os as _os`
+        if known or part.startswith("__"):
+            return known or _RUNS
     if len(qualified) > 1 and (qualified[-1].startswith("__") or qualified[-1] in ("system", "popen", "eval", "exec")):
         return _RUNS
     return ""

@@ -16,6 +16,8 @@ from ckptconv.errors import Refusal, printable
 Identity = tuple[int, int, int, int]
 #: More digits than any 64-bit number has. Longer ones become floats: parsing them exactly costs quadratic time.
 _INT_DIGITS = 20
+#: What a JSON text may be made of (docs/limits.md), counted by its commas and brackets: each costs up to a hundred bytes when it is parsed.
+MAX_VALUES = 2_000_000
 
 
 @contextmanager
@@ -103,6 +105,9 @@ def parse_json(raw: bytes, *, code: str) -> Any:
     def constant(word: str) -> NoReturn:
         raise Refusal(f"{word} is not JSON", code=code)
 
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if values > MAX_VALUES:
+        raise Refusal(f"the JSON has more than {MAX_VALUES:,} values", code=code, found=f"{values:,} commas and brackets")
     try:
         text = raw.decode("utf-8")
         parsed = json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_float=number, parse_constant=constant)

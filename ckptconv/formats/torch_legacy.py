@@ -11,13 +11,12 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Contents, Storage
 from ckptconv.formats.containers import contents_from_tree
-from ckptconv.formats.pickle_machine import run
+from ckptconv.formats.pickle_machine import MAX_PICKLE, allowance, run
 from ckptconv.formats.rebuilding import StorageRef, storage_dtype
 from ckptconv.formats.strict import opened, read_at
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
-MAX_PICKLE = 256 << 20
 _FIRST_LOOK = 16 << 20
 
 
@@ -40,13 +39,13 @@ def read(path: Path) -> Contents:
                 return _parsed(path, descriptor, raw, size)
             except Refusal as refusal:
                 # The pickles may be longer than the first look; only a pickle that ended early is worth another.
-                if refusal.what != "the pickle ends early" or look >= min(size, MAX_PICKLE):
+                if refusal.what != "the pickle ends early" or look >= min(size, MAX_PICKLE * allowance(size)):
                     raise
-            look = min(size, MAX_PICKLE, look * 4)
+            look = min(size, MAX_PICKLE * allowance(size), look * 4)
 
 
 def _parsed(path: Path, descriptor: int, raw: bytes, size: int) -> Contents:
-    none = _Declared()
+    none, times = _Declared(), allowance(size)
     magic, at = run(raw, none.resolve)
     if magic != MAGIC:
         raise _bad("this is a pickle, but not a torch checkpoint", code="CK301", try_="only files of torch.save are read")
@@ -58,12 +57,12 @@ def _parsed(path: Path, descriptor: int, raw: bytes, size: int) -> Contents:
         raise _bad("the file does not say its byte order", code="CK306")
     body = at
     declared = _Declared()
-    _, at = run(raw, declared.resolve, body)
-    keys, at = run(raw, none.resolve, at)
+    _, at = run(raw, declared.resolve, body, times=times)
+    keys, at = run(raw, none.resolve, at, times=times)
     if not isinstance(keys, list) or any(type(key) not in (str, int) for key in keys):
         raise _bad("the list of storages is no list of keys", code="CK306")
     places = _places(descriptor, [str(key) for key in keys], declared.sizes, at, size, not system["little_endian"])
-    tree, _ = run(raw, _Placing(places).resolve, body)
+    tree, _ = run(raw, _Placing(places).resolve, body, times=times)
     return contents_from_tree("torch-legacy", (path,), tree)
 
 
@@ -110,10 +109,11 @@ def _viewed(whole: StorageRef, view: Any, width: int) -> StorageRef:
 def _places(
     descriptor: int, keys: list[str], declared: Mapping[str, tuple[str, int]], at: int, size: int, big_endian: bool
 ) -> dict[str, Storage]:
-    missing = [key for key in declared if key not in set(keys)]
+    listed = set(keys)
+    missing = [key for key in declared if key not in listed]
     if missing:
         raise _bad(f"storage {printable(missing[0])!r} is declared and not there", code="CK302")
-    if len(set(keys)) != len(keys):
+    if len(listed) != len(keys):
         raise _bad("a storage stands twice in the list", code="CK306")
     places: dict[str, Storage] = {}
     for key in keys:

@@ -17,12 +17,13 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Contents, Storage
 from ckptconv.formats.containers import contents_from_tree
-from ckptconv.formats.pickle_machine import run
+from ckptconv.formats.pickle_machine import MAX_PICKLE, allowance, run
 from ckptconv.formats.rebuilding import StorageRef, storage_dtype
 from ckptconv.formats.strict import opened, parse_json, read_at, read_up_to
 
-MAX_RECORDS = 2_000_000
-MAX_PICKLE = 256 << 20
+#: docs/limits.md; both grow with the file as the pickle's limits do.
+MAX_RECORDS = 200_000
+MAX_DIRECTORY = 64 << 20  #: bytes
 MAX_SMALL = 1 << 20
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _LIMIT = 0xFFFFFFFF
@@ -57,13 +58,13 @@ def read(path: Path) -> Contents:
             raise _bad("the archive has no data.pkl: it was not written by torch.save", code="CK301")
         big_endian = _byte_order(descriptor, records)
         _version(descriptor, records)
-        pickle = records["data.pkl"]
-        if pickle.nbytes > MAX_PICKLE:
-            raise _bad(f"data.pkl has {pickle.nbytes:,} bytes; at most {MAX_PICKLE:,} are read", code="CK304")
+        pickle, times = records["data.pkl"], allowance(os.fstat(descriptor).st_size)
+        if pickle.nbytes > MAX_PICKLE * times:
+            raise _bad(f"data.pkl has {pickle.nbytes:,} bytes; at most {MAX_PICKLE * times:,} are read", code="CK304")
         raw = read_at(descriptor, pickle.nbytes, pickle.offset)
         metadata = _own_metadata(descriptor, records)
     storages = _Storages(records, big_endian)
-    tree, _ = run(raw, storages.resolve)
+    tree, _ = run(raw, storages.resolve, times=times)
     scripted = "constants.pkl" in records
     spare = [name for name in records if name not in _KNOWN and name.removeprefix("data/") not in storages.seen]
     if scripted:
@@ -159,10 +160,13 @@ def directory(descriptor: int, base: int = 0, size: int | None = None) -> dict[s
     """
     size = os.fstat(descriptor).st_size if size is None else size
     count, length, start, end = _end_records(descriptor, base, size)
-    if count > MAX_RECORDS:
-        raise _bad(f"the archive has {count:,} records; at most {MAX_RECORDS:,} are read", code="CK304")
+    times = allowance(size)
+    if count > MAX_RECORDS * times:
+        raise _bad(f"the archive has {count:,} records; at most {MAX_RECORDS * times:,} are read", code="CK304")
     if start + length > size:
         raise _bad("the archive's directory reaches past its end", code="CK302")
+    if length > MAX_DIRECTORY * times:
+        raise _bad(f"the archive's directory has {length:,} bytes; at most {MAX_DIRECTORY * times:,} are read", code="CK304")
     central = read_at(descriptor, length, base + start)
     if start + length > end:
         raise _bad("the archive's directory reaches past its end", code="CK302")
@@ -252,7 +256,8 @@ def _wide(extra: bytes, packed: int, plain: int, header: int) -> tuple[int, int,
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
-            values = [value for (value,) in struct.iter_unpack("<Q", extra[at + 4 : at + 4 + length - length % 8])]
+            there = min(length, len(extra) - at - 4) // 8
+            values = struct.unpack_from(f"<{there}Q", extra, at + 4)
             wanted = [field for field in (plain, packed, header) if field == _LIMIT]
             if len(values) < len(wanted):
                 break

@@ -49,8 +49,13 @@ class Node:
 
     def names(self) -> set[str]:
         """The variables that the expression mentions; functions are not among them."""
-        found = {self.value} if self.kind == "name" else set()
-        return found.union(*(part.names() for part in self.parts))
+        found, left = set(), [self]
+        while left:  # a long sum is a deep tree: no recursion over what a stranger wrote
+            node = left.pop()
+            left.extend(node.parts)
+            if node.kind == "name":
+                found.add(node.value)
+        return found
 
 
 @lru_cache(maxsize=4096)
@@ -273,7 +278,7 @@ def _by_name(*values: Any) -> Any:
         try:
             if re2.fullmatch(rf"(?:.*\.)?(?:{key})", values[1]) is not None:
                 return value
-        except re2.error:
+        except (re2.error, UnicodeEncodeError):
             raise Refusal("by_name(): a key of the table is no regular expression", code="CK104", found=printable(key)) from None
     return values[2]
 
@@ -322,9 +327,10 @@ def _value(node: Node, lookup: Lookup) -> Any:
     if kind == "minus":
         return -_integers("-", [_value(parts[0], lookup)])[0]
     if kind == "list":
-        return [_value(part, lookup) for part in parts]
+        return _bounded([_value(part, lookup) for part in parts])
     if kind == "table":
-        return {_value(key, lookup): _value(value, lookup) for key, value in zip(parts[::2], parts[1::2], strict=True)}
+        keys = [_key(_value(key, lookup)) for key in parts[::2]]
+        return _bounded({key: _value(value, lookup) for key, value in zip(keys, parts[1::2], strict=True)})
     if kind == "field":
         return _item(_value(parts[0], lookup), node.value)
     if kind == "item":
@@ -332,9 +338,28 @@ def _value(node: Node, lookup: Lookup) -> Any:
     return _call(node, lookup)
 
 
+def _bounded(made: Any) -> Any:
+    """``made``, unless written out it would be too long: lists of lists of the same list double with each line of a rule file."""
+    count, left = 0, [made]
+    while left:
+        node = left.pop()
+        inner = node.values() if isinstance(node, Mapping) else node
+        count += len(inner)
+        if count > MAX_LENGTH:
+            raise Refusal(f"a list or table has at most {MAX_LENGTH:,} values, those in its lists included", code="CK104")
+        left.extend(item for item in inner if isinstance(item, (list, Mapping)))
+    return made
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, (list, Mapping)):
+        raise Refusal("a list or table cannot be the key of a table", code="CK104", found=printable(value))
+    return value
+
+
 def _item(holder: Any, key: Any) -> Any:
     if isinstance(holder, Mapping):
-        if key not in holder:
+        if _key(key) not in holder:
             raise Absent(f"there is no {printable(key)!r} (there are {printable(', '.join(map(str, holder)))})")
         return holder[key]
     if isinstance(holder, (list, tuple)) and _is_integer(key):
@@ -373,7 +398,9 @@ def _operate(sign: str, left: Any, right: Any) -> Any:
     if sign == "in":
         if not isinstance(right, (list, str, Mapping)):
             raise Refusal("`in` looks into lists, tables and text", code="CK104", found=printable(right))
-        return left in right
+        if isinstance(right, str) and not isinstance(left, str):
+            raise Refusal("only text can be in a text", code="CK104", found=f"{printable(left)} in {printable(right)!r}")
+        return (_key(left) if isinstance(right, Mapping) else left) in right
     both_text = isinstance(left, str) and isinstance(right, str)
     both_lists = isinstance(left, list) and isinstance(right, list)
     if sign == "+" and (both_text or both_lists):

@@ -48,7 +48,8 @@ class TargetField(BaseModel):
 
     model_config = _FIXED
     model: str | None = Field(
-        default=None, description="timm:NAME, hf:FOLDER (from the source's folder), or a saved manifest beside the rule file"
+        default=None,
+        description="timm:NAME, hf:FOLDER (from the source's folder), or a saved manifest beside the rule file; py:module:factory only with --allow-code",
     )
     allow: Allow = Allow()
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any, Union
 
 import re2
@@ -23,6 +24,7 @@ from ckptconv.ruleset import expressions
 from ckptconv.ruleset.expressions import Lookup
 
 MAX_PATTERN = 1024
+MAX_FAN = 1000  #: names that one template may stand for
 _NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 _BACK_REFERENCE = re.compile(r"\\(?:([0-9])|g<([A-Za-z_0-9]+)>)")
 _RESERVED = frozenset({"config", *expressions.FUNCTIONS, "if", "else", "and", "or", "not", "in", "true", "false", "null"})
@@ -45,6 +47,12 @@ Captures = Mapping[str, Capture]
 
 def _bad(what: str, text: str, try_: str = "") -> Refusal:
     return Refusal(what, code="CK103", found=printable(text), try_=try_)
+
+
+def _whole_text(text: str) -> None:
+    """Refuses half characters (lone surrogates) and control characters: no name can have them, and neither can its pattern."""
+    if any(0xD800 <= ord(ch) < 0xE000 or ord(ch) < 32 for ch in text):
+        raise _bad("a pattern holds no control characters and no lone surrogates", text)
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ class Pattern:
             raise _bad(f"a pattern has at most {MAX_PATTERN:,} characters; this one has {len(text):,}", text)
         if not text:
             raise _bad("a pattern must not be empty", text)
+        _whole_text(text)
         return _parse_regex(text) if text.startswith("regex:") else _parse_template(text)
 
     @cached_property
@@ -299,6 +308,7 @@ class Template:
             raise _bad(f"a template has at most {MAX_PATTERN:,} characters; this one has {len(text):,}", text)
         if not text:
             raise _bad("a name must not be empty", text)
+        _whole_text(text)
         parts: list[Union[str, Placeholder]] = []
         for piece in _pieces(text):
             if isinstance(piece, str):
@@ -321,8 +331,17 @@ class Template:
         return frozenset(found)
 
     def fan(self, bound: Sequence[str]) -> tuple[Placeholder, ...]:
-        """The choices that ``bound`` (the pattern's placeholders) lacks: the template stands for one name per combination."""
-        return tuple(part for part in self.parts if isinstance(part, Placeholder) and part.kind == "choice" and part.name not in bound)
+        """The choices that ``bound`` (the pattern's placeholders) lacks: the template stands for one name per combination.
+
+        Raises CK211 for more than a thousand of them.
+        """
+        found = tuple(part for part in self.parts if isinstance(part, Placeholder) and part.kind == "choice" and part.name not in bound)
+        count = prod(len(part.choices) for part in found)
+        if count > MAX_FAN:
+            raise Refusal(
+                f"a template stands for {count:,} names; at most {MAX_FAN:,} are allowed", code="CK211", found=printable(self.text)
+            )
+        return found
 
     def render(self, lookup: Lookup) -> str:
         """The name. An empty ``{m:**}`` capture takes its dot along. Raises CK104 for a value that is missing."""

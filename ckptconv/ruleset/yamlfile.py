@@ -17,7 +17,8 @@ from ckptconv.errors import Problem, UsageError, printable
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
-MAX_PROBLEMS = 50
+MAX_VALUES = 100_000
+MAX_PROBLEMS = 15
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -109,6 +110,8 @@ class _Builder:
 
     def value(self, event: yaml.Event, events: Iterator[yaml.Event], path: Path, depth: int) -> Any:
         self.places.setdefault(path, _place(event))
+        if len(self.places) > MAX_VALUES:
+            raise UsageError([*self.problems, Problem("CK101", f"a rule file has at most {MAX_VALUES:,} values", where=self._where(event))])
         if isinstance(event, yaml.AliasEvent):
             self.problem(event, "aliases are not allowed", f"*{printable(event.anchor)}", "write the value out")
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from ckptconv.spec import Manifest
 if TYPE_CHECKING:
     from ckptconv.ruleset.model import RuleFile
 
-MAX_JSON = 64 << 20
+#: bytes (docs/limits.md)
+MAX_CONFIG, MAX_PLAN = 16 << 20, 64 << 20
+MAX_LOOK_ALIKES = 5
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
@@ -89,7 +92,20 @@ def open_source(
             contents, files=(*contents.files, *more.files), identities={**contents.identities, **more.identities},
             warnings=(*contents.warnings, *more.warnings),
         )  # fmt: skip
+    contents = replace(contents, warnings=(*contents.warnings, *_look_alikes(container)))
     return Source(path, contents, container, container.stored_manifest, container.stored, also or {})
+
+
+def _look_alikes(container: Container) -> list[str]:
+    """Names that are written with other characters and read the same (an é of one character, and of two): they stay two names."""
+    seen: dict[str, str] = {}
+    found: list[str] = []
+    for name in (*container.tensors, *container.composites):
+        if not name.isascii():
+            other = seen.setdefault(unicodedata.normalize("NFC", name), name)
+            if other != name and len(found) < MAX_LOOK_ALIKES:
+                found.append(f"'{printable(other)}' and '{printable(name)}' look alike and are two names")
+    return found
 
 
 def _supported(container: Container, path: Path) -> Container:
@@ -140,13 +156,13 @@ def choose(contents: Contents, select: Sequence[str], path: Path) -> Container:
     return next(iter(found.values()))
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Plain JSON from a file of at most 64 MiB; :class:`~ckptconv.errors.UsageError` for anything else."""
+def read_json(path: Path, what: str, limit: int) -> Any:
+    """Plain JSON from a file of at most ``limit`` bytes; :class:`~ckptconv.errors.UsageError` for anything else."""
     try:
         with path.open("rb") as stream:
-            raw = stream.read(MAX_JSON + 1)
-        if len(raw) > MAX_JSON:
-            raise ValueError("the file is over 64 MiB")
+            raw = stream.read(limit + 1)
+        if len(raw) > limit:
+            raise ValueError(f"the file is over {limit >> 20} MiB")
         return json.loads(raw)
     except OSError as error:
         raise UsageError(Problem("CK107", f"{what} cannot be read: {error.strerror}", where=printable(path))) from None
@@ -163,7 +179,7 @@ def config_for(path: Path, given: Path | None) -> Mapping[str, Any] | None:
         return None
     found = given or beside
     assert found is not None
-    config = read_json(found, "the config")
+    config = read_json(found, "the config", MAX_CONFIG)
     if not isinstance(config, dict):
         raise UsageError(Problem("CK107", "the config must be a JSON object", where=printable(found)))
     return config
@@ -185,14 +201,14 @@ def variables(items: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def parse_target(text: str, rules: RuleFile | None, source: Path | None) -> target.Target:
-    """The target named on the command line, or by the rule file (relative to the source's folder, never code)."""
+def parse_target(text: str, rules: RuleFile | None, source: Path | None, *, allow_code: bool = False) -> target.Target:
+    """The target named on the command line, or by the rule file (relative to the source's folder; code only where it is allowed)."""
     if rules is None:
         return target.parse(text, origin="command line", base=None)
     base = None if source is None else source if source.is_dir() else source.parent
     if text.endswith(".json"):
         base = rules.folder
-    return target.parse(text, origin="rule file", base=base)
+    return target.parse(text, origin="rule file", base=base, allow_code=allow_code)
 
 
 def manifest_of_word(word: str, select: Sequence[str] = (), timeout: float = 300.0) -> Manifest:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptconv import target
 from ckptconv.compare import Allow, Comparison, compare, explain_missing_initial
-from ckptconv.errors import FitError, InputError, Problem, UsageError, printable
+from ckptconv.errors import FitError, InputError, Problem, Refusal, UsageError, printable
 from ckptconv.names import collapse
 from ckptconv.plan import Plan
 from ckptconv.planner import make_plan
@@ -18,6 +18,7 @@ from ckptconv.ruleset.model import RuleFile
 from ckptconv.ruleset.patterns import Pattern
 from ckptconv.spec import Manifest
 from ckptconv.stage.opening import (
+    MAX_PLAN,
     Source,
     config_for,
     manifest_of_word,
@@ -51,6 +52,9 @@ class Options:
     keep_extras: bool = False
     untie: bool = False
     max_memory: str | None = None
+    max_output: str | None = None
+    forbid_nonfinite: bool = False
+    allow_code: bool = False  #: the rule file may name a ``py:`` target
     sync: bool = True
     timeout: float = 300.0  #: seconds that the building of a target may take
     reverse: bool = False  #: run the rules backwards
@@ -98,7 +102,10 @@ def prepare(rules: str | Path | RuleFile, source: Path, options: Options) -> Pre
     if options.reverse:
         plan = _backwards(make, opened, parsed, options)
         return _against_target(None, f"{parsed.label} reversed", parsed.file, parsed.digest, opened, plan, options)
-    plan = make(opened.manifest, shown_source=printable(source), composites=opened.composites)
+    try:
+        plan = make(opened.manifest, shown_source=printable(source), composites=opened.composites)
+    except Refusal as refusal:  # chunks that do not make up their tensor: the source is at fault, not a step
+        raise InputError(refusal.at(printable(source))) from None
     return _against_target(parsed, parsed.label, parsed.file, parsed.digest, opened, plan, options)
 
 
@@ -129,7 +136,7 @@ def _backwards(make: Callable[..., Plan], opened: Source, rules: RuleFile, optio
 
 def prepare_saved(plan_file: Path, source: Path, options: Options) -> Prepared:
     """A conversion by a plan that ``plan --out`` saved. Refuses when the source's names, shapes, dtypes or ties are not the plan's."""
-    data = read_json(plan_file, "the plan")
+    data = read_json(plan_file, "the plan", MAX_PLAN)
     try:
         saved = data["plan"]
         plan = Plan.from_json(saved)
@@ -165,7 +172,7 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
     if options.target is not None:
         wanted_target = parse_target(options.target, None, source.path)
     elif options.use_rule_target and field_ is not None and field_.model is not None:
-        wanted_target = parse_target(field_.model, rules, source.path)
+        wanted_target = parse_target(field_.model, rules, source.path, allow_code=options.allow_code)
     texts = rules.texts if rules is not None else {}
     parity = None
     if options.parity:

@@ -18,11 +18,13 @@ from ckptconv.errors import FitError, OutputError, Problem, Refusal, UsageError,
 from ckptconv.execute.digest import content_digest, digest_tensors
 from ckptconv.execute.engine import Receipt, fill, seal_all
 from ckptconv.execute.memory import plan_peak
+from ckptconv.execute.nonfinite import nonfinite_counts
 from ckptconv.execute.ranges import phases_of
 from ckptconv.execute.sources import Sources
 from ckptconv.execute.staging import Staging, refuse_overlap
 from ckptconv.formats.base import Placed
 from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, not_written_here, parse_size, renamed_versions
+from ckptconv.names import collapse
 from ckptconv.plan import Read, reads
 from ckptconv.stage.preparing import Options, Prepared
 from ckptconv.stage.recorded import OURS
@@ -31,6 +33,7 @@ from ckptconv.verify import Evidence, Ladder, climb
 Progress = Callable[[str, int, int], None]
 _PROVED_WIDTH = len("L0 L1 L2 L3 L4 L5 L6")
 _DIGEST_WIDTH = len("xxh3_128:") + 32
+MAX_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
         _refuse_more_than_a_checkpoint(destination)
     layout, kept, left_out = _laid_out(prepared, shape, options)
     max_memory = parse_size(options.max_memory) if options.max_memory else None
+    _check_size(layout, destination, options)
     beside = source.contents.neighbours if shape.is_folder else ()
     nbytes = layout.nbytes + sum(neighbour.stat().st_size for neighbour in beside if neighbour.is_file())
     with (
@@ -121,6 +125,8 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
         seal_all(_named(layout, files), receipt, metadata, folder)
         if layout.index is not None:
             staging.path_of(layout.index[0]).write_bytes(layout.index[1])
+        if options.forbid_nonfinite:
+            _check_finite(prepared, folder if shape.is_folder else files[0], options)
         ladder, source_digest = Ladder(), ""
         if options.level is not None:
             digests = digest_tensors(opened, source.placed, threads=options.threads, known=receipt.source_digests, checked=receipt.checked,
@@ -138,6 +144,42 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
         _copy_neighbours(beside, staging)
         staging.publish(sync=options.sync)
     return Produced(shape, layout, receipt, ladder, source_digest, tuple(left_out))
+
+
+def _check_finite(prepared: Prepared, written: Path, options: Options) -> None:
+    contents = formats.read(written)
+    container = contents.containers[prepared.source.container.path if options.keep_extras else "."]
+    with Sources(contents.files) as opened:
+        counts = nonfinite_counts(opened, container.tensors)
+    if counts:
+        origins = {output.name: str(output.origin) for output in prepared.plan.outputs}
+        raise FitError([
+            Problem("CK414", f"{printable(name)}: {count:,} of {container.tensors[name].spec.numel:,} values are NaN or infinite",
+                    where=origins[name], try_="leave --forbid-nonfinite out, if they are meant")
+            for name, count in list(counts.items())[:MAX_NAMED]
+        ])  # fmt: skip
+
+
+def noticed(receipt: Receipt) -> list[str]:
+    """Sentences on what was done to values, outputs that only differ in their numbers together."""
+    by_kind: dict[str, dict[str, int]] = {}
+    for name, counts in receipt.noticed.items():
+        for what, count in counts.items():
+            by_kind.setdefault(what, {})[name] = count
+    return [
+        f"{printable(template)}: {sum(counts[name] for name in template.names):,} values {what}"
+        for what, counts in by_kind.items()
+        for template in collapse(list(counts))[:MAX_NAMED]
+    ]
+
+
+def _check_size(layout: Layout, destination: Path, options: Options) -> None:
+    nbytes = sum(file.nbytes for file in layout.files)
+    if options.max_output is not None and nbytes > parse_size(options.max_output):
+        raise UsageError(
+            Problem("CK211", f"the output would have {nbytes:,} bytes; --max-output allows {parse_size(options.max_output):,}",
+                    where=printable(destination), try_=f"--max-output {nbytes // 10**6 + 1}MB, if that is meant")
+        )  # fmt: skip
 
 
 def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layout, dict[str, Placed], list[str]]:

@@ -18,11 +18,13 @@ from typing import Any
 
 from ckptconv import formats
 from ckptconv.errors import FitError, InputError, Problem, Refusal, UsageError, printable
+from ckptconv.formats.strict import opened, read_at
 from ckptconv.spec import Manifest
 from ckptconv.target.loading import StrictResult
 from ckptconv.target.words import Target
 
 MAX_ANSWER = 1 << 28
+MAX_MANIFEST = 64 << 20  #: bytes (docs/limits.md)
 _TAIL = 1500
 
 
@@ -64,7 +66,11 @@ def strict_load(
 
 def _saved(target: Target) -> Manifest:
     try:
-        return Manifest.from_json(json.loads(target.path.read_bytes()))
+        with opened(target.path) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size > MAX_MANIFEST:
+                raise ValueError(f"a manifest has at most {MAX_MANIFEST:,} bytes; this one has {size:,}")
+            return Manifest.from_json(json.loads(read_at(descriptor, size, 0)))
     except OSError as error:
         raise UsageError(Problem("CK107", f"the manifest cannot be read: {error.strerror}", where=printable(target.text))) from None
     except (ValueError, RecursionError) as error:

@@ -40,8 +40,8 @@ class Target:
         return self.base / path if self.base is not None and not path.is_absolute() else path
 
 
-def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path | None = None) -> Target:
-    """The target that ``text`` means. From a rule file it may neither name code nor leave its folder.
+def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path | None = None, allow_code: bool = False) -> Target:
+    """The target that ``text`` means. From a rule file it may not leave its folder, and name code only where the user allows it.
 
     >>> parse("timm:resnet18?num_classes=10", origin="command line").arguments
     (('num_classes', 10),)
@@ -55,12 +55,12 @@ def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path
         name, _, query = (rest, "", "") if kind == "hf" else rest.partition("?")
         arguments = tuple((key, _literal(value)) for key, value in parse_qsl(query, keep_blank_values=True))
         if kind == "py":
-            if origin == "rule file":
-                raise UsageError(
-                    Problem(
-                        "CK106", "a rule file cannot name code as its target", where=printable(text), try_=f"--target {printable(text)}"
-                    )
+            if origin == "rule file" and not allow_code:
+                what, try_ = (
+                    "a rule file cannot name code as its target",
+                    f"--target {printable(text)}, or --allow-code if you trust the file",
                 )
+                raise UsageError(Problem("CK106", what, where=printable(text), try_=try_))
             if not _PY.fullmatch(name):
                 raise UsageError(Problem("CK107", "want py:package.module:factory", where=printable(text)))
             return Target("py", text, name, arguments)

@@ -8,6 +8,7 @@ from ckptconv.errors import Refusal
 from ckptconv.spec import Box, DType, TensorSpec, widens
 from ckptconv.transforms.base import Example, Piece, Transform, misfit, only
 from ckptconv.transforms.kernels import dtype_of, torch_dtype
+from ckptconv.transforms.noticing import notice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +99,13 @@ class Cast(Transform):
             wide = torch.where(lost, torch.copysign(torch.full_like(wide, info.max), wide), wide)
         else:
             wide = torch.where(over, torch.copysign(torch.full_like(wide, float("inf")), wide), wide)
-        return wide.to(wanted)
+        result = wide.to(wanted)
+        flushed = (result.to(torch.float32) if result.element_size() == 1 else result) == 0
+        notice(f"flushed to zero by the cast to {self.dtype}", int((flushed & (wide != 0)).sum()))
+        if self.overflow != "error":
+            what = "saturated" if self.overflow == "saturate" else "made infinite"
+            notice(f"{what} by the cast to {self.dtype}", int((over | lost).sum()))
+        return result
 
     def _refuse(self, bad: Tensor, values: Tensor, at: int, reason: str) -> None:
         count = int(bad.sum())

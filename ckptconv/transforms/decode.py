@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ckptconv.errors import Refusal
 from ckptconv.spec import DType, TensorSpec
 from ckptconv.transforms.base import Example, Transform, checked_axis, checked_result, misfit
 from ckptconv.transforms.kernels import torch_dtype
@@ -110,10 +111,12 @@ class Decode(Transform):
                 .repeat_interleave(rows, -2)[..., : stored.shape[-2], :]
                 .repeat_interleave(columns, -1)[..., : stored.shape[-1]]
             )
-            return (stored.to(wide) * grid).to(narrow)
+            return _scaled(stored.to(wide), grid, scale).to(narrow)
         if self.layout == "mxfp4":
             table = torch.tensor(_E2M1, dtype=wide, device=stored.device)
             power = scale.view(torch.uint8).to(torch.int32) - 127
+            if scale.device.type != "meta" and bool((power == 128).any()):
+                raise Refusal("a scale is NaN", code="CK413", found=f"{int((power == 128).sum()):,} of {scale.numel():,} scales")
             return torch.ldexp(_nibbles(stored, table), power.unsqueeze(-1)).reshape(*scale.shape[:-1], -1).to(narrow)
         zero = arguments[2].to(wide) if len(arguments) == 3 else torch.zeros((), dtype=wide, device=stored.device)
         if self.layout == "int8":
@@ -122,10 +125,11 @@ class Decode(Transform):
                 around[self.axis] = -1
             zero = zero.reshape(around) if zero.numel() > 1 else zero.reshape(())
             steps = scale.to(wide).reshape(around if self.axis is not None else ())
-            return ((stored.to(wide) - zero) * steps).to(narrow)
+            return _scaled(stored.to(wide) - zero, steps, scale).to(narrow)
         numbers = _nibbles(stored, torch.arange(16, dtype=wide, device=stored.device))
         groups = numbers.reshape(*scale.shape, -1)
-        return ((groups - (zero.unsqueeze(-1) if zero.dim() else zero)) * scale.to(wide).unsqueeze(-1)).reshape(numbers.shape).to(narrow)
+        around_zero = groups - (zero.unsqueeze(-1) if zero.dim() else zero)
+        return _scaled(around_zero, scale.to(wide).unsqueeze(-1), scale).reshape(numbers.shape).to(narrow)
 
     def describe(self, *arguments: str) -> str:
         return f"decode({', '.join(arguments)}, {self.layout}, {self.dtype})"
@@ -142,6 +146,23 @@ class Decode(Transform):
             Example(cls(layout="int8"), (spec(DType.int8, 4, 3), spec(DType.float32))),
             Example(cls(layout="int4"), (spec(DType.uint8, 4, 6), spec(DType.float16, 4, 3), spec(DType.float16, 4, 3)), (spec(DType.uint8, 4, 6), spec(DType.float16, 4, 5))),
         ]  # fmt: skip
+
+
+def _scaled(numbers: Tensor, spread: Tensor, scales: Tensor) -> Tensor:
+    """``numbers * spread``, unless one of the scales makes the product say nothing about the numbers."""
+    import torch
+
+    if scales.device.type != "meta":
+        bad = ~torch.isfinite(scales.to(torch.float32))
+        if bool(bad.any()):
+            raise Refusal("a scale is not finite", code="CK413", found=f"{int(bad.sum()):,} of {scales.numel():,} scales")
+        if bool((scales == 0).any()):
+            lost = int(((spread == 0) & (numbers != 0)).sum())
+            if lost:
+                raise Refusal(
+                    "numbers that are not zero have the scale zero", code="CK413", found=f"{lost:,} of {numbers.numel():,} numbers"
+                )
+    return numbers * spread
 
 
 def _nibbles(stored: Tensor, table: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ def test_two_formats_side_by_side_need_a_word(folder: Path) -> None:
     save(folder / "pytorch_model.bin", p=torch.ones(2))
     refusal = refusal_of(lambda: read_folder(folder))
     assert (refusal.code, refusal.what) == ("CK308", "ambiguous: the folder holds models in more than one format")
-    assert refusal.try_ == "--format safetensors or torch"
+    assert refusal.try_ == "name the index or the model file that is meant"
     assert list(formats.read(folder, "safetensors").containers["."].tensors) == ["a", "b", "c"]
     assert list(formats.read(folder, "torch").containers["."].tensors) == ["p"]
 

@@ -22,7 +22,9 @@ from ckptconv.ruleset.expressions import Absent, Lookup
 from ckptconv.ruleset.patterns import Capture, Pattern, PatternSet, Template
 from ckptconv.spec import DType
 
-MAX_RESULTS = 2_000_000
+#: docs/limits.md
+MAX_RESULTS = 1_000_000  #: names after a step
+MAX_VARIABLES_DEEP = 32  #: a variable that needs one that needs one
 
 
 PASSED_THROUGH = Origin()
@@ -165,6 +167,8 @@ class Scope:
                 raise Absent(f"there is no tensor {printable(name)!r}" + (f"; the nearest name is {close!r}" if close else ""))
             return list(table[name].expr.spec.shape)
 
+        known: dict[str, Any] = {}  # a variable is computed once: twice each for 40 of them would be for ever
+
         def look(name: str) -> Any:
             if name in captures:
                 return captures[name]
@@ -172,7 +176,9 @@ class Scope:
                 return shape
             if name == "has":
                 return lambda key: key in table
-            return self.variable(name, look)
+            if name not in known:
+                known[name] = self.variable(name, look)
+            return known[name]
 
         return look
 
@@ -185,6 +191,8 @@ class Scope:
                 return value
             if name in self._busy:
                 raise Refusal(f"variable {name!r} is defined by itself", code="CK104")
+            if len(self._busy) >= MAX_VARIABLES_DEEP:
+                raise Refusal(f"variables need each other more than {MAX_VARIABLES_DEEP} deep", code="CK104", found=printable(name))
             self._busy.add(name)
             try:
                 return expressions.evaluate(expressions.parse(value), look)
@@ -212,6 +220,12 @@ class Context:
 
     def problem(self, code: str, what: str, *, found: str = "", try_: str = "", place: str = "") -> None:
         self.problems.append(Problem(code, what, where=place or self.where, found=found, try_=try_))
+
+    def too_many(self, count: int) -> bool:
+        """Notes a step that would give more names than are allowed; asked before the first is made."""
+        if count > MAX_RESULTS:
+            self.problem("CK211", f"the step would give {count:,} names; at most {MAX_RESULTS:,} are allowed")
+        return count > MAX_RESULTS
 
     def refused(self, refusal: Refusal, subject: str = "") -> None:
         """Notes a craft's refusal, with the user's name for what it was about."""

@@ -85,16 +85,26 @@ class Copy(Step):
     to: Templates
     _own_identity: ClassVar[bool] = True
 
+    @model_validator(mode="after")
+    def _not_too_many(self) -> Copy:
+        for pattern in self.source:
+            list(fan_out(self.to, pattern.names))
+        return self
+
     def matched(self) -> Sequence[Pattern]:
         return self.source
 
     def lower(self, table: Table, context: Context) -> Table:
         results: dict[str, list[tuple[str, Entry]]] = {}
-        for name, at, captures in self.claims(table, context):
+        claims = self.claims(table, context)
+        targets = [list(fan_out(self.to, pattern.names)) for pattern in self.source]
+        if context.too_many(sum(1 + len(targets[at]) for _, at, _ in claims)):
+            return table
+        for name, at, captures in claims:
             entry = table[name]
             results[name] = [(name, entry)]
             lookup = context.scope.lookup(captures, table, name)
-            for template, extra in fan_out(self.to, self.source[at].names):
+            for template, extra in targets[at]:
                 new = rendered(template, with_captures(lookup, extra), context, name)
                 if new is not None:
                     identity = f"copy as {new}" if self._own_identity else entry.identity

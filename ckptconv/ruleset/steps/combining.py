@@ -26,7 +26,7 @@ from ckptconv.ruleset.steps.base import (
     replaced,
     with_captures,
 )  # fmt: skip
-from ckptconv.spec import DType
+from ckptconv.spec import DType, TensorSpec
 from ckptconv.transforms import Combine, Decode
 from ckptconv.transforms.formula import parse as parse_formula
 
@@ -53,6 +53,10 @@ class NamedStep(Step):
         """The source that may stand without the others; then it passes as it is."""
         return None
 
+    def lost_alone(self, spec: TensorSpec) -> str:  # noqa: ARG002  (most sources mean the same without the others)
+        """Why a tensor that stands without its partners means nothing; empty where it does."""
+        return ""
+
     def may_lack(self) -> frozenset[str]:
         """Sources that a group may lack."""
         return frozenset()
@@ -75,6 +79,10 @@ class NamedStep(Step):
         results: dict[str, list[tuple[str, Entry]]] = {}
         for key, members in groups.items():
             if set(members) == {self.loner()}:
+                (alone,) = members.values()
+                reason = self.lost_alone(table[alone].expr.spec)
+                if reason:
+                    context.problem("CK413", f"{printable(alone)} {reason}", found=str(table[alone].expr.spec))
                 continue
             missing = [name for name in names if name not in members and name not in self.may_lack()]
             if missing:
@@ -329,6 +337,10 @@ class DecodeStep(NamedStep):
 
     def loner(self) -> str | None:
         return "weight" if self.plain == "pass" else None
+
+    def lost_alone(self, spec: TensorSpec) -> str:
+        kinds = ("float",) if self.layout == "blocks" else ("int", "uint")
+        return f"has no scale {self.scale.text!r}" if spec.dtype.bits == 8 and spec.dtype.kind in kinds else ""
 
     def results(self, members: Members, table: Table, lookup: Lookup, context: Context) -> list[tuple[str, Entry]]:
         new = members["weight"] if self.to is None else rendered(self.to, lookup, context, members["weight"])

@@ -31,7 +31,7 @@ from ckptconv.ruleset.steps.shaping import WITH_AXES, axis_of, check_axes
 from ckptconv.transforms import Concat, Rearrange, Slice
 from ckptconv.transforms.sugar import insert_axis, open_layout, remove_axis
 
-MAX_PARTS = 100_000
+MAX_PARTS = 100_000  #: of one tensor that is unstacked
 
 
 class AlongStep(Step):
@@ -99,9 +99,12 @@ class Split(AlongStep):
 
     def lower(self, table: Table, context: Context) -> Table:
         results: dict[str, list[tuple[str, Entry]]] = {}
-        for name, at, captures in self.claims(table, context):
-            entry, lookup = table[name], context.scope.lookup(captures, table, name)
-            targets = list(fan_out(self.to, self.source[at].names))
+        claims = self.claims(table, context)
+        targets_of = [list(fan_out(self.to, pattern.names)) for pattern in self.source]
+        if context.too_many(sum(len(targets_of[at]) for _, at, _ in claims)):
+            return table
+        for name, at, captures in claims:
+            entry, lookup, targets = table[name], context.scope.lookup(captures, table, name), targets_of[at]
             try:
                 parts = self._cut(entry.expr, len(targets), lookup)
             except Refusal as refusal:
@@ -225,11 +228,15 @@ class Unstack(Step):
 
     def lower(self, table: Table, context: Context) -> Table:
         results: dict[str, list[tuple[str, Entry]]] = {}
+        total = 0
         for name, _, captures in self.claims(table, context):
             entry, lookup = table[name], context.scope.lookup(captures, table, name)
             try:
                 axis = axis_of(self.dim, entry.expr)
                 count, rank = entry.expr.spec.shape[axis], len(entry.expr.spec.shape)
+                total += count
+                if context.too_many(total):
+                    return table
                 if count > MAX_PARTS:
                     raise Refusal(f"unstacking would give {count:,} tensors; at most {MAX_PARTS:,} are allowed", code="CK211")
                 made: list[tuple[str, Entry]] = []
