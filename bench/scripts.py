@@ -14,19 +14,31 @@ RENAMES: dict[tuple[str, str], str] = {
     ("safetensors", "torch"): _BOTH + "state = load_file(sys.argv[1])\n" + _STRIP + _SAVE,
 }
 
-TRANSFORMERS = """
-import sys
+#: torchvision's compiled part may not fit the installed torch, and no language model needs it: transformers is told that it is not there.
+_NO_TORCHVISION = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torchvision" else found(name, *rest)
+"""
+
+TRANSFORMERS = (
+    _NO_TORCHVISION
+    + """
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
 """
+)
 
 #: Builds the model that L2 loads into, and nothing more.
-BUILD = """
-import sys, torch
+BUILD = (
+    _NO_TORCHVISION
+    + """
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 with torch.device("meta"):
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
 """
+)
 
 _LAYERS = "model.layers.{i:int}."
 

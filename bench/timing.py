@@ -64,4 +64,10 @@ def timed(command: Sequence[str], environment: Mapping[str, str]) -> Measured:
 def environment(folder: Path) -> dict[str, str]:
     """Compiled modules are kept, as an installed package has them, whatever this shell says; no network, no colours."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPROFILEIMPORTTIME")}
-    return {**kept, "PYTHONPYCACHEPREFIX": str(folder / "pycache"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return {
+        **kept,
+        "PYTHONPYCACHEPREFIX": str(folder / "pycache"),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -274,3 +275,16 @@ def test_a_run_stays_below_what_it_was_allowed(tmp_path, step, room):
     command = [sys.executable, "-c", code, tmp_path / "r.yaml", tmp_path / "in.pth", tmp_path / "out.pth", f"{room / 1e6 + 1}MB"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) * 1024 <= room + 1e6
+
+
+def test_v_says_what_each_worker_did_and_by_which_path(checkpoint):
+    from click.testing import CliRunner
+
+    from ckptconv.cli import cli
+
+    folder, _ = checkpoint
+    done = CliRunner().invoke(
+        cli, ["run", "dataparallel", str(folder / "in.pth"), str(folder / "out.pth"), "-v", "--no-sync", "--threads", "1"]
+    )
+    path = r"12\.6 MB copied through a buffer|.* shared with the source by the filesystem"
+    assert re.search(rf"^  worker 1: ({path}), [0-9]+\.[0-9]{{2}} s$", done.output, re.MULTILINE), done.output
