@@ -167,6 +167,7 @@ CODES: Mapping[str, str] = {
     "CK410": "A cast overflowed.",
     "CK411": "The models could not be run and compared.",
     "CK412": "The models give different outputs.",
+    "CK413": "A suggested rule leaves open which tensor is which, and nothing settled it.",
     # 5xx: output
     "CK501": "The output exists, and --force was not given.",
     "CK502": "The output is, or lies inside, the source.",
