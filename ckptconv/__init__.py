@@ -8,18 +8,31 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ckptconv._version import __version__
 
 if TYPE_CHECKING:
-    from ckptconv.api import check, convert, diff, inspect, load, plan, run, verify
+    from ckptconv.api import check, convert, diff, explain, inspect, load, plan, run, suggest, verify
     from ckptconv.errors import CkptconvError, FitError, InputError, OutputError, Problem, UsageError
 
 __all__ = [
     "CkptconvError", "FitError", "InputError", "OutputError", "Problem", "UsageError",
-    "__version__", "check", "convert", "diff", "inspect", "load", "plan", "run", "verify",
+    "__version__", "check", "convert", "diff", "explain", "inspect", "load", "plan", "run", "suggest", "verify",
 ]  # fmt: skip
+
+
+class _Package(ModuleType):
+    """`plan`, `explain` and `suggest` are functions here and modules below; importing a module must not put it in the function's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__ or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The whole job as functions: ``run``, ``plan``, ``convert``, ``load``, ``inspect``, ``diff``, ``verify``, ``check``.
+"""The whole job as functions: ``explain``, ``suggest``, ``run``, ``plan``, ``convert``, ``load``, ``inspect``, ``diff``, ``verify``, ``check``.
 
 The command line calls these and nothing else. Problems come as :class:`~ckptconv.errors.CkptconvError`, all of them at once. Each
 function imports what it needs: ``inspect`` does not wait for the rule language, nor ``check`` for the readers of checkpoints.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ckptconv import ruletests
     from ckptconv.backwards import BackRule
+    from ckptconv.report.explaining import Explanation, SuggestReport
     from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
     from ckptconv.ruleset.model import RuleFile
     from ckptconv.stage.preparing import Options, Prepared
@@ -186,6 +187,52 @@ def diff(left: str, right: str, *, select: Sequence[str] = (), timeout: float = 
     from ckptconv.stage.opening import manifest_of_word
 
     return difference(left, manifest_of_word(left, select, timeout), right, manifest_of_word(right, select, timeout))
+
+
+def explain(
+    source: str | Path | None = None, target: str | None = None, *, error: str = "", select: Sequence[str] = (), set: Any = (),  # noqa: A002
+    config: str | Path | None = None, timeout: float = 300.0,
+) -> Explanation:  # fmt: skip
+    """Why ``source`` does not load into ``target``: causes in words, a verdict, and the command that helps.
+
+    ``error`` is the text of a message (``RuntimeError: Error(s) in loading state_dict for …``): with it either of the two may be left out. Without a
+    target it says what the file is and which built-in rules are meant for it. A file that cannot be read is explained too, not raised.
+
+    >>> import tempfile, torch, ckptconv
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save({"module.fc.weight": torch.ones(2, 3), "module.fc.bias": torch.ones(2)}, folder / "in.pth")
+    >>> torch.save({"fc.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}, folder / "model.pth")
+    >>> report = ckptconv.explain(folder / "in.pth", str(folder / "model.pth"))
+    >>> report.verdict, report.sentence
+    ('convertible', 'by the built-in rule dataparallel: every key of the model is filled')
+    """
+    from ckptconv import asking
+
+    return asking.explain(source, target, error=error, select=select, given=set, config=config, timeout=timeout)
+
+
+def suggest(
+    source: str | Path, target: str, out: str | Path | None = None, *, pairs: Sequence[str] = (), parity: Any = (), apply: str | Path | None = None,
+    accept_ambiguous: bool = False, select: Sequence[str] = (), force: bool = False, timeout: float = 300.0, threads: int = 2,
+) -> SuggestReport:  # fmt: skip
+    """The rule file that makes ``source`` load into ``target``, how sure it is, and how far it is proved. ``out`` writes it.
+
+    ``pairs`` are hints (``reduce=conv1``: parts of names); ``parity`` (as for :func:`run`) lets the models' outputs settle what shapes cannot, and
+    a target that is a checkpoint with the same weights does so by its values. ``apply`` converts to a path by the rule, verified; it is refused
+    while something stays ambiguous, unless ``accept_ambiguous``. What does not fit is in the report and not raised.
+
+    >>> import tempfile, torch, ckptconv
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save({"net.fc.weight": torch.ones(2, 3), "net.fc.bias": torch.ones(2)}, folder / "in.pth")
+    >>> torch.save({"out.weight": torch.ones(2, 3), "out.bias": torch.ones(2)}, folder / "model.pth")
+    >>> report = ckptconv.suggest(folder / "in.pth", str(folder / "model.pth"), folder / "mine.yaml")
+    >>> report.verdict, report.ladder.reached, ckptconv.convert(torch.load(folder / "in.pth"), folder / "mine.yaml").keys()
+    ('convertible', 'L0 L1 L3', dict_keys(['out.weight', 'out.bias']))
+    """
+    from ckptconv import asking
+
+    words = asking.Words(pairs, parity, select, timeout, threads)
+    return asking.suggest(run, write_text, source, target, out, words, apply=apply, accept_ambiguous=accept_ambiguous, force=force)
 
 
 def verify(

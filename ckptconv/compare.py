@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ckptconv.errors import Problem, printable
 from ckptconv.names import Template, collapse, nearest
 from ckptconv.spec import DType, Manifest, TensorSpec, widens
+
+if TYPE_CHECKING:
+    from ckptconv.ruleset.model import Allow as AllowField
+    from ckptconv.ruleset.patterns import Pattern
 
 MAX_LINES = 12
 MAX_POOL = 200
@@ -35,6 +40,15 @@ class Allow:
     unexpected: Predicate = _never
     shape: Predicate = _never
     dtype: Predicate = _never
+
+
+def allowed_by(field_: AllowField) -> Allow:
+    """The differences that a rule file's ``allow`` names by patterns."""
+
+    def matches(patterns: Sequence[Pattern] | None) -> Predicate:
+        return lambda name: any(pattern.match(name) is not None for pattern in patterns or ())
+
+    return Allow(matches(field_.missing), matches(field_.unexpected), matches(field_.shape), matches(field_.dtype))
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ class Comparison:
     @cached_property
     def _prefix_hint(self) -> str:
         """The one prefix by which most of the missing names are among the unexpected, or the other way round."""
-        prefix = _prefix(self.unexpected, self.missing)
+        prefix = shared_prefix(self.unexpected, self.missing)
         if prefix:
             carried, shown = sum(name.startswith(prefix) for name in self.found), printable(prefix)
             if carried < len(self.found):
@@ -148,7 +162,7 @@ class Comparison:
             rule = _PREFIX_RULES.get(prefix)
             ready = f"ckptconv run {rule} …" if rule else f"a rule file with `- strip_prefix: {shown}`"
             return f"every key carries the prefix {shown!r}: {ready}"
-        prefix = _prefix(self.missing, self.unexpected)
+        prefix = shared_prefix(self.missing, self.unexpected)
         return f"the target's keys start with {printable(prefix)!r}: a rule file with `- add_prefix: {printable(prefix)}`" if prefix else ""
 
 
@@ -213,7 +227,7 @@ def _ties(found: Manifest, wanted: Manifest) -> tuple[tuple[tuple[tuple[str, DTy
     return tuple(broken), tuple(apart)
 
 
-def _prefix(longer: Sequence[str], shorter: Sequence[str]) -> str:
+def shared_prefix(longer: Sequence[str], shorter: Sequence[str]) -> str:
     """The prefix that turns more than half of ``shorter`` into names of ``longer``; empty text where there is none."""
     there = frozenset(longer)
     tried: set[str] = set()

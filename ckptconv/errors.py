@@ -198,6 +198,7 @@ CODES: Mapping[str, str] = {
     "CK412": "The models give different outputs.",
     "CK413": "Quantised numbers cannot be decoded: a scale is missing, zero or not finite.",
     "CK414": "The output holds values that are not finite, and --forbid-nonfinite was given.",
+    "CK415": "A suggested rule leaves open which tensor is which, and nothing settled it.",
     # 5xx: output
     "CK501": "The output exists, and --force was not given.",
     "CK502": "The output is, or lies inside, the source.",

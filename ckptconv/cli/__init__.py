@@ -4,134 +4,35 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ckptconv._version import __version__
+from ckptconv.cli.explaining import explain, suggest
+from ckptconv.cli.options import (
+    ANNOTATIONS,
+    CONTEXT,
+    CONVERSION,
+    HTML,
+    LEVEL_DEFAULT,
+    NO_PROGRESS,
+    PARITY,
+    SELECT,
+    TALK,
+    TARGET,
+    THREADS,
+    TIMEOUT,
+    Levels,
+    RulesWord,
+    examples,
+)
 from ckptconv.cli.running import Output, guarded
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
-
-def _examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _rule_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    from ckptconv.ruleset.builtin import names
-
-    return [name for name in names() if name.startswith(incomplete)]
-
-
-class _Rules(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """A rule file's path or a built-in name; completes both."""
-
-    name = "rules"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        from click.shell_completion import CompletionItem
-
-        names = [CompletionItem(name) for name in _rule_names(ctx, param, incomplete)]
-        return names or [CompletionItem(incomplete, type="file")]
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-_TALK = _options(
-    click.option("--json", "as_json", is_flag=True, help="print the report as JSON"),
-    click.option("-q", "--quiet", is_flag=True, help="print errors only"),
-    click.option("-v", "--verbose", count=True, help="say more: every change, every note, where each comes from"),
-)
-_ANNOTATIONS = click.option(
-    "--format", "style", type=click.Choice(["text", "github", "sarif"]), default="text", show_default=True,
-    help="github: workflow annotations; sarif: a SARIF 2.1.0 log",
-)  # fmt: skip
-_TARGET = click.option(
-    "--target",
-    metavar="T",
-    help="what the result must load into: py:module:factory, timm:NAME, hf:FOLDER, a checkpoint or a saved manifest",
-)
-_SELECT = click.option(
-    "--select", multiple=True, metavar="NAME", help="which state_dict of the file (state_dict, model_ema, …); the first that exists"
-)
-_TIMEOUT = click.option(
-    "--timeout", type=float, default=300.0, show_default=True, metavar="SECONDS", help="for building the target, and for comparing outputs"
-)
-_THREADS = click.option(
-    "--threads", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="workers that copy and compute"
-)
-_CONVERSION = _options(
-    _TARGET,
-    click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file"),
-    click.option(
-        "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"
-    ),
-    _SELECT,
-    click.option(
-        "--format", "format_", type=click.Choice(["torch", "safetensors"]), help="of the output; else by DST's suffix, else as SRC"
-    ),
-    click.option("--shard-size", metavar="SIZE", help="largest file of a folder output  [default: 5GB]"),
-    click.option(
-        "--also", multiple=True, metavar="NAME=PATH", help="a further source; rules call its tensors NAME::tensor (adapter=lora/)"
-    ),
-    click.option("--keep-extras", is_flag=True, help="keep a training checkpoint's other entries (epoch, optimizer, …); .pth output only"),
-    click.option("--untie", is_flag=True, help="write tied weights as separate tensors"),
-    click.option("--reverse", is_flag=True, help="run the rules backwards: SRC is what they make, DST what they start from"),
-    click.option("--like", metavar="OLD", help="with --reverse: a checkpoint, manifest or target with the names that DST must have"),
-    click.option("--lossy", is_flag=True, help="with --reverse: leave out what cannot come back"),
-    click.option("--force", is_flag=True, help="replace what is at DST; without it nothing is ever overwritten"),
-    _THREADS,
-    click.option("--max-memory", metavar="SIZE", help="refuse a conversion that would need more"),
-    click.option("--max-output", metavar="SIZE", help="refuse an output that would be larger"),
-    click.option("--forbid-nonfinite", is_flag=True, help="refuse an output with a NaN or an infinity in it"),
-    click.option("--allow-code", is_flag=True, help="let the rule file's target be py:module:factory, which runs code of yours"),
-    _TIMEOUT,
-)
-
-
-_NO_PROGRESS = click.option("--no-progress", is_flag=True, help="no progress bar")
-_HTML = click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="draw the report as one page, also of a failure"
-)
-_PARITY = click.option(
-    "--parity",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="run the models and compare: source=py:module:factory (what SRC is for) or golden=FILE, inputs=FILE, tolerance=NUMBER",
-)
-_LEVEL_DEFAULT = "3; 5 with --parity"
-
-
-class _Levels(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """How far to verify: 0 to 6 (also L0 to L6), auto, or (where a run may go unverified) none."""
-
-    name = "level"
-
-    def __init__(self, *, none: bool) -> None:
-        self.none = none
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str | None:
-        text = str(value).upper().removeprefix("L")
-        if text == "NONE" and self.none:
-            return None
-        if text == "AUTO":
-            return "auto"
-        if text not in tuple("0123456"):
-            self.fail(f"want 0 to 6{' or none' if self.none else ''}", param, ctx)
-        return int(text)
-
-
-@click.group(context_settings=CONTEXT, epilog=_examples(
+@click.group(context_settings=CONTEXT, epilog=examples(
     "ckptconv inspect in.pth                                what is in the file?",
     "ckptconv run dataparallel in.pth out.pth               convert, verify, write",
     "ckptconv plan rules/mine.yaml in.pth --target timm:resnet50",
@@ -145,34 +46,34 @@ def cli() -> None:
     """
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples(
+@cli.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv run dataparallel in.pth out.pth",
     "ckptconv run rules/mine.yaml last.ckpt model.safetensors --target timm:resnet50 --select model_ema",
     "ckptconv run timm-vit-to-hf-vit vit/ out/ --set H=12 --shard-size 2GB",
     "ckptconv run --plan plan.json in.pth out.pth",
     "ckptconv run rules/mine.yaml in.pth out.pth --target timm:resnet50 --parity source=py:old:model",
 ))  # fmt: skip
-@click.argument("arguments", nargs=-1, required=True, metavar="RULES SRC DST", type=_Rules())
-@_CONVERSION
+@click.argument("arguments", nargs=-1, required=True, metavar="RULES SRC DST", type=RulesWord())
+@CONVERSION
 @click.option(
     "--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="run a saved plan in place of RULES"
 )
 @click.option(
     "--verify",
-    type=_Levels(none=True),
+    type=Levels(none=True),
     default="auto",
-    show_default=_LEVEL_DEFAULT,
+    show_default=LEVEL_DEFAULT,
     metavar="LEVEL",
     help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip, 5 equal outputs, "
     "6 first module that differs; none",
 )
-@_PARITY
+@PARITY
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
-@_HTML
+@HTML
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
-@_NO_PROGRESS
-@_TALK
+@NO_PROGRESS
+@TALK
 def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, plan_file: Path | None, report: Path | None,
         html: Path | None, dry_run: bool, no_sync: bool, no_progress: bool, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
     """Convert SRC by RULES, verify the result, and write it to DST.
@@ -202,17 +103,17 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
             out.run_report(found)
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples(
+@cli.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv plan dataparallel in.pth",
     "ckptconv plan rules/mine.yaml in/ out/ --target hf:in --out plan.json",
 ))  # fmt: skip
-@click.argument("rules", metavar="RULES", type=_Rules())
+@click.argument("rules", metavar="RULES", type=RulesWord())
 @click.argument("source", metavar="SRC", type=click.Path())
 @click.argument("destination", metavar="[DST]", required=False, type=click.Path())
-@_CONVERSION
+@CONVERSION
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="plan.json", help="save the plan for `run --plan`")
-@_HTML
-@_TALK
+@HTML
+@TALK
 def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None,
          html: Path | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
     """Say what a run would do: names, shapes, lineage, bytes, peak memory. Reads headers only; nothing is written."""
@@ -224,7 +125,7 @@ def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...]
         output.run_report(api.plan(rules, source, destination, out=out, set=set_, format=format_, **options))
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples(
+@cli.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv inspect last.ckpt",
     "ckptconv inspect model/ --match '**.attn.{p}.weight'",
     "ckptconv inspect in.pth --save-manifest in.json",
@@ -240,8 +141,8 @@ def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...]
     help="names, shapes, dtypes and ties, for --target and diff",
 )
 @click.option("--force", is_flag=True, help="replace FILE.json")
-@_SELECT
-@_TALK
+@SELECT
+@TALK
 def inspect(source: str, match: tuple[str, ...], flat: bool, tree: bool, save_manifest: Path | None, force: bool, select: tuple[str, ...],
             as_json: bool, quiet: bool, verbose: int) -> None:  # fmt: skip
     """Show what a checkpoint holds: every state_dict in it, names, shapes, dtypes, sizes. Reads headers only."""
@@ -254,16 +155,16 @@ def inspect(source: str, match: tuple[str, ...], flat: bool, tree: bool, save_ma
         out.inspection(api.inspect(source, select=select), flat=flat, match=match, tree=tree)
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples(
+@cli.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv diff old.pth new.safetensors",
     "ckptconv diff in.pth timm:resnet50",
 ))  # fmt: skip
 @click.argument("left", metavar="A")
 @click.argument("right", metavar="B")
-@_SELECT
-@_TIMEOUT
-@_HTML
-@_TALK
+@SELECT
+@TIMEOUT
+@HTML
+@TALK
 def diff(
     left: str, right: str, select: tuple[str, ...], timeout: float, html: Path | None, as_json: bool, quiet: bool, verbose: int
 ) -> int:
@@ -278,32 +179,32 @@ def diff(
         return 0 if report.equal else 1
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples(
+@cli.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv verify out.pth --target timm:resnet50",
     "ckptconv verify out.pth --against in.pth",
     "ckptconv verify out.pth --against in.pth --rules rules/mine.yaml",
     "ckptconv verify out.pth --target timm:resnet50 --parity golden=expected.pt",
 ))  # fmt: skip
 @click.argument("destination", metavar="DST", type=click.Path())
-@_TARGET
+@TARGET
 @click.option("--against", type=click.Path(), metavar="SRC", help="the checkpoint that DST was made from")
-@click.option("--rules", type=_Rules(), metavar="RULES", help="the rules that it was made by; else those it recorded")
+@click.option("--rules", type=RulesWord(), metavar="RULES", help="the rules that it was made by; else those it recorded")
 @click.option(
-    "--level", type=_Levels(none=False), default="auto", show_default=_LEVEL_DEFAULT, metavar="LEVEL", help="how far to climb: 0 to 6"
+    "--level", type=Levels(none=False), default="auto", show_default=LEVEL_DEFAULT, metavar="LEVEL", help="how far to climb: 0 to 6"
 )
-@_PARITY
+@PARITY
 @click.option("--also", multiple=True, metavar="NAME=PATH", help="a further source that DST was made from")
 @click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file")
 @click.option(
     "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"
 )
-@_SELECT
-@_THREADS
-@_TIMEOUT
-@_ANNOTATIONS
-@_HTML
-@_NO_PROGRESS
-@_TALK
+@SELECT
+@THREADS
+@TIMEOUT
+@ANNOTATIONS
+@HTML
+@NO_PROGRESS
+@TALK
 def verify(
     destination: str, target: str | None, set_: tuple[str, ...], style: str, html: Path | None, no_progress: bool, as_json: bool, quiet: bool,
     verbose: int, **options: Any,
@@ -321,11 +222,11 @@ def verify(
 
 
 @cli.command(
-    context_settings=CONTEXT, epilog=_examples("ckptconv check rules/mine.yaml", "ckptconv check rules/", "ckptconv check dataparallel")
+    context_settings=CONTEXT, epilog=examples("ckptconv check rules/mine.yaml", "ckptconv check rules/", "ckptconv check dataparallel")
 )
-@click.argument("rules", metavar="RULES...", nargs=-1, required=True, type=_Rules())
-@_ANNOTATIONS
-@_TALK
+@click.argument("rules", metavar="RULES...", nargs=-1, required=True, type=RulesWord())
+@ANNOTATIONS
+@TALK
 def check(rules: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbose: int) -> int:
     """Validate rule files (or folders of them, or built-in names): all problems with file, line and column. Exit 1 when there are any."""
     out = Output(as_json, quiet, verbose)
@@ -337,15 +238,15 @@ def check(rules: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbos
         return 1 if any(problems for _, problems in found) else 0
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples(
+@cli.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv test rules/",
     "ckptconv test dataparallel",
     "ckptconv test rules/mine.yaml --update",
 ))  # fmt: skip
-@click.argument("rules", metavar="[RULES]...", nargs=-1, type=_Rules())
+@click.argument("rules", metavar="[RULES]...", nargs=-1, type=RulesWord())
 @click.option("--update", is_flag=True, help="rewrite the expect of failing tests to what the rule makes; comments and all else stay")
-@_ANNOTATIONS
-@_TALK
+@ANNOTATIONS
+@TALK
 def test(rules: tuple[str, ...], update: bool, style: str, as_json: bool, quiet: bool, verbose: int) -> int:
     """Run the tests of rule files (all built-in rules, where none is named). Names and shapes only: no weights, no torch.
 
@@ -367,11 +268,11 @@ def _expanded(words: Iterable[str]) -> Iterable[str]:
         yield from map(str, files) if files else [word]
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples(
+@cli.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv invert timm-vit-to-hf-vit --like vit.pth -o hf-vit-to-timm-vit.yaml",
     "ckptconv invert rules/mine.yaml --like in.json --lossy",
 ))  # fmt: skip
-@click.argument("rules_word", metavar="RULES", type=_Rules())
+@click.argument("rules_word", metavar="RULES", type=RulesWord())
 @click.option("--like", required=True, metavar="SRC", help="a checkpoint, manifest or target with the names that RULES start from")
 @click.option(
     "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.yaml", help="write it there; else it is printed"
@@ -382,8 +283,8 @@ def _expanded(words: Iterable[str]) -> Iterable[str]:
 )
 @click.option("--lossy", is_flag=True, help="leave out what cannot come back")
 @click.option("--force", is_flag=True, help="replace FILE.yaml")
-@_SELECT
-@_TIMEOUT
+@SELECT
+@TIMEOUT
 def invert(rules_word: str, like: str, out: Path | None, set_: tuple[str, ...], **options: Any) -> None:
     """Write the rule file that undoes RULES. It is proved on SRC's names before it is written; what cannot come back is listed by step."""
     with guarded(Output(as_json=False, quiet=False, verbose=0)):
@@ -404,7 +305,7 @@ def rules() -> None:
     """The rules that come with ckptconv."""
 
 
-@rules.command("list", context_settings=CONTEXT, epilog=_examples("ckptconv rules list"))
+@rules.command("list", context_settings=CONTEXT, epilog=examples("ckptconv rules list"))
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def rules_list(as_json: bool) -> None:
     """Name every built-in rule, with what it does."""
@@ -415,8 +316,8 @@ def rules_list(as_json: bool) -> None:
         out.rules([find(name) for name in names()])
 
 
-@rules.command("show", context_settings=CONTEXT, epilog=_examples("ckptconv rules show dataparallel > rules/mine.yaml"))
-@click.argument("name", type=_Rules())
+@rules.command("show", context_settings=CONTEXT, epilog=examples("ckptconv rules show dataparallel > rules/mine.yaml"))
+@click.argument("name", type=RulesWord())
 def rules_show(name: str) -> None:
     """Print a built-in rule file, to read or to start your own from."""
     with guarded(Output(as_json=False, quiet=False, verbose=0)):
@@ -427,7 +328,7 @@ def rules_show(name: str) -> None:
         click.echo(path.read_text(encoding="utf-8"), nl=False)
 
 
-@rules.command("import", context_settings=CONTEXT, epilog=_examples(
+@rules.command("import", context_settings=CONTEXT, epilog=examples(
     "ckptconv rules import transformers:mixtral -o rules/mixtral.yaml",
     "ckptconv rules import transformers:qwen2_moe --prove",
 ))  # fmt: skip
@@ -444,10 +345,10 @@ def rules_import(word: str, out: Path | None, prove: bool, force: bool) -> None:
         click.echo(text if out is None else f"{out}: written{', proved' if prove else ''}", nl=out is not None)
 
 
-@rules.command("lock", context_settings=CONTEXT, epilog=_examples("ckptconv rules lock", "ckptconv rules lock rules/ --check"))
+@rules.command("lock", context_settings=CONTEXT, epilog=examples("ckptconv rules lock", "ckptconv rules lock rules/ --check"))
 @click.argument("folder", required=False, type=click.Path(file_okay=False, exists=True))
 @click.option("--check", "only_check", is_flag=True, help="write nothing; exit 1 when a rule and the lock do not agree")
-@_TALK
+@TALK
 def rules_lock(folder: str | None, only_check: bool, as_json: bool, quiet: bool, verbose: int) -> int:
     """Record what every revision of every rule means, in LOCK.json beside the rules (the built-in ones, where no FOLDER is named).
 
@@ -462,7 +363,7 @@ def rules_lock(folder: str | None, only_check: bool, as_json: bool, quiet: bool,
         return 1 if report.problems else 0
 
 
-@cli.command(context_settings=CONTEXT, epilog=_examples("ckptconv schema > rule-v1.schema.json"))
+@cli.command(context_settings=CONTEXT, epilog=examples("ckptconv schema > rule-v1.schema.json"))
 def schema() -> None:
     """Print the JSON Schema of rule files, for completion and checking in editors."""
     from ckptconv.ruleset.schema import json_schema
@@ -472,7 +373,7 @@ def schema() -> None:
 
 @cli.command(
     context_settings=CONTEXT,
-    epilog=_examples(
+    epilog=examples(
         "ckptconv completion bash >> ~/.bash_completion", "ckptconv completion fish > ~/.config/fish/completions/ckptconv.fish"
     ),
 )
@@ -484,6 +385,10 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None, "the choices are click's own"
     click.echo(kind(cli, {}, "ckptconv", "_CKPTCONV_COMPLETE").source())
+
+
+cli.add_command(explain)
+cli.add_command(suggest)
 
 
 def main() -> int:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ckptconv.errors import CkptconvError, Problem
+    from ckptconv.explain.codes import CodeHelp
+    from ckptconv.report.explaining import Explanation, SuggestReport
     from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
     from ckptconv.report.page import Page
     from ckptconv.ruleset.model import RuleFile
@@ -76,6 +78,35 @@ class Output:
             from ckptconv.report.text import print_inspection
 
             print_inspection(report, self.console, flat=flat, match=match, tree=tree)
+
+    def explanation(self, report: Explanation) -> None:
+        if self.as_json:
+            self.json(report.to_json())
+        elif not self.quiet:
+            from ckptconv.report.explaining_text import print_explanation
+
+            print_explanation(report, self.console, self.verbose)
+
+    def suggestion(self, report: SuggestReport) -> None:
+        """The report; a rule that was not written to a file goes to stdout, and the report then to stderr."""
+        if self.as_json:
+            self.json(report.to_json())
+            return
+        bare = bool(report.text) and not report.rule
+        if bare:
+            click.echo(report.text, nl=False)
+        if not self.quiet:
+            from ckptconv.report.explaining_text import print_suggestion
+
+            print_suggestion(report, self.errors if bare else self.console, self.verbose)
+
+    def code(self, help_: CodeHelp) -> None:
+        if self.as_json:
+            self.json(help_.to_json())
+        elif not self.quiet:
+            from ckptconv.report.explaining_text import print_code
+
+            print_code(help_, self.console)
 
     def difference(self, report: Difference) -> None:
         if self.html_file is not None:

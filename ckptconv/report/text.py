@@ -70,7 +70,7 @@ def print_run(report: RunReport, console: Console, verbose: int = 0) -> None:
         )
     if report.allowed:
         console.print(Text("  ").append_text(safe(report.allowed, 600)))
-    _print_ladder(report.ladder, console)
+    print_ladder(report.ladder, console)
     if verbose:
         for worker in report.workers:
             console.print(Text(f"  {_work_of(worker)}", "dim"))
@@ -132,7 +132,8 @@ def _joined(templates: Sequence[Template], verbose: int) -> str:
     return shown + (f", … {len(templates)} templates" if len(templates) > most else "")
 
 
-def _print_ladder(ladder: Ladder, console: Console) -> None:
+def print_ladder(ladder: Ladder, console: Console) -> None:
+    """One line a rung, with what failed and what should be known below it."""
     for rung in ladder.rungs:
         mark, style = _MARKS[rung.status]
         head = Text.assemble(f"  L{rung.level} ", (f"{mark:<6} ", style))

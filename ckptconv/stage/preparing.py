@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptconv import target
-from ckptconv.compare import Allow, Comparison, compare, explain_missing_initial
+from ckptconv.compare import Allow, Comparison, allowed_by, compare, explain_missing_initial
 from ckptconv.errors import FitError, InputError, Problem, Refusal, UsageError, printable
 from ckptconv.names import collapse
 from ckptconv.plan import Plan
 from ckptconv.planner import make_plan
 from ckptconv.ruleset.model import RuleFile
-from ckptconv.ruleset.patterns import Pattern
 from ckptconv.spec import Manifest
 from ckptconv.stage.opening import (
     MAX_PLAN,
@@ -165,9 +164,7 @@ def saved_plan(prepared: Prepared) -> dict[str, Any]:
 
 def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, source: Source, plan: Plan, options: Options) -> Prepared:
     field_ = rules.header.target if rules is not None else None
-    allow = (
-        Allow(**{key: _matches(getattr(field_.allow, key)) for key in ("missing", "unexpected", "shape", "dtype")}) if field_ else Allow()
-    )
+    allow = allowed_by(field_.allow) if field_ is not None else Allow()
     wanted_target = None
     if options.target is not None:
         wanted_target = parse_target(options.target, None, source.path)
@@ -190,7 +187,3 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
         problems = [problem if problem.where else problem.at(wanted_target.text) for problem in comparison.problems()]
         raise FitError(problems, about=prepared)
     return prepared
-
-
-def _matches(patterns: Sequence[Pattern] | None) -> Callable[[str], bool]:
-    return lambda name: any(pattern.match(name) is not None for pattern in patterns or ())

@@ -40,6 +40,8 @@ def folder(tmp_path):
         ["rules", "lock", "--check"],
         ["rules", "list"],
         ["schema"],
+        ["explain", "in.pth"],
+        ["explain", "CK101"],
         ["run", "dataparallel", "in.pth", "out.pth", "--target", "in.safetensors"],
         ["run", "dataparallel", "in.pth", "out.safetensors"],
     ],

@@ -1,0 +1,130 @@
+"""What several commands share: options, the types of their values, and the examples at the end of a help text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def rule_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Built-in rules that begin so."""
+    from ckptconv.ruleset.builtin import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+class RulesWord(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """A rule file's path or a built-in name; completes both."""
+
+    name = "rules"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        names = [CompletionItem(name) for name in rule_names(ctx, param, incomplete)]
+        return names or [CompletionItem(incomplete, type="file")]
+
+
+def options(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in their order."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(each):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+TALK = options(
+    click.option("--json", "as_json", is_flag=True, help="print the report as JSON"),
+    click.option("-q", "--quiet", is_flag=True, help="print errors only"),
+    click.option("-v", "--verbose", count=True, help="say more: every change, every note, where each comes from"),
+)
+ANNOTATIONS = click.option(
+    "--format", "style", type=click.Choice(["text", "github", "sarif"]), default="text", show_default=True,
+    help="github: workflow annotations; sarif: a SARIF 2.1.0 log",
+)  # fmt: skip
+TARGET = click.option(
+    "--target",
+    metavar="T",
+    help="what the result must load into: py:module:factory, timm:NAME, hf:FOLDER, a checkpoint or a saved manifest",
+)
+SELECT = click.option(
+    "--select", multiple=True, metavar="NAME", help="which state_dict of the file (state_dict, model_ema, …); the first that exists"
+)
+TIMEOUT = click.option(
+    "--timeout", type=float, default=300.0, show_default=True, metavar="SECONDS", help="for building the target, and for comparing outputs"
+)
+THREADS = click.option(
+    "--threads", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="workers that copy and compute"
+)
+CONVERSION = options(
+    TARGET,
+    click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file"),
+    click.option(
+        "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="the model's config.json; else the one beside SRC"
+    ),
+    SELECT,
+    click.option(
+        "--format", "format_", type=click.Choice(["torch", "safetensors"]), help="of the output; else by DST's suffix, else as SRC"
+    ),
+    click.option("--shard-size", metavar="SIZE", help="largest file of a folder output  [default: 5GB]"),
+    click.option(
+        "--also", multiple=True, metavar="NAME=PATH", help="a further source; rules call its tensors NAME::tensor (adapter=lora/)"
+    ),
+    click.option("--keep-extras", is_flag=True, help="keep a training checkpoint's other entries (epoch, optimizer, …); .pth output only"),
+    click.option("--untie", is_flag=True, help="write tied weights as separate tensors"),
+    click.option("--reverse", is_flag=True, help="run the rules backwards: SRC is what they make, DST what they start from"),
+    click.option("--like", metavar="OLD", help="with --reverse: a checkpoint, manifest or target with the names that DST must have"),
+    click.option("--lossy", is_flag=True, help="with --reverse: leave out what cannot come back"),
+    click.option("--force", is_flag=True, help="replace what is at DST; without it nothing is ever overwritten"),
+    THREADS,
+    click.option("--max-memory", metavar="SIZE", help="refuse a conversion that would need more"),
+    click.option("--max-output", metavar="SIZE", help="refuse an output that would be larger"),
+    click.option("--forbid-nonfinite", is_flag=True, help="refuse an output with a NaN or an infinity in it"),
+    click.option("--allow-code", is_flag=True, help="let the rule file's target be py:module:factory, which runs code of yours"),
+    TIMEOUT,
+)
+
+
+NO_PROGRESS = click.option("--no-progress", is_flag=True, help="no progress bar")
+HTML = click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="draw the report as one page, also of a failure"
+)
+PARITY = click.option(
+    "--parity",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="run the models and compare: source=py:module:factory (what SRC is for) or golden=FILE, inputs=FILE, tolerance=NUMBER",
+)
+LEVEL_DEFAULT = "3; 5 with --parity"
+
+
+class Levels(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """How far to verify: 0 to 6 (also L0 to L6), auto, or (where a run may go unverified) none."""
+
+    name = "level"
+
+    def __init__(self, *, none: bool) -> None:
+        self.none = none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str | None:
+        text = str(value).upper().removeprefix("L")
+        if text == "NONE" and self.none:
+            return None
+        if text == "AUTO":
+            return "auto"
+        if text not in tuple("0123456"):
+            self.fail(f"want 0 to 6{' or none' if self.none else ''}", param, ctx)
+        return int(text)
