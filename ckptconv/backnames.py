@@ -438,6 +438,10 @@ def _line(wanted: Sequence[int], columns: Mapping[str, Sequence[int]]) -> Formul
             found = _through(second, rest) if other != name else None
             if found is not None and found[0]:
                 return Formula(f"{line(other, *found)} + {name}")
+    for name, column in columns.items():  # the other way round: every second index
+        found = _through(wanted, column)
+        if found is not None and found[0] > 1:
+            return Formula(solved(name, *found))
     return None
 
 

@@ -7,8 +7,6 @@ result, it must give the source's own names, shapes and dtypes, but for what is 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +25,9 @@ from ckptconv.ruleset.patterns import Pattern
 from ckptconv.ruleset.steps import Include, Scope, Table
 from ckptconv.ruleset.steps.base import Entry
 from ckptconv.ruletests import run_tests
-from ckptconv.spec import DType, Manifest, TensorSpec
+from ckptconv.ruletext import PLAIN, flow, specs, step_lines, test_lines
+from ckptconv.spec import Manifest
 
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*( [A-Za-z0-9_./]+)*")
-_SURPRISES = frozenset({"yes", "no", "on", "off", "true", "false", "null", "y", "n"})
-_LINE = 140
 _FEW, _MANY = 60, 200
 
 
@@ -210,7 +206,7 @@ class _Job:
             except CkptconvError:
                 return steps
             head.when = None
-        check = _telling_shape(steps, self.forward.manifest, plan.manifest)
+        check = telling_shape(steps, self.forward.manifest, plan.manifest)
         return [check, *steps] if check is not None else steps
 
     def _test(self, text: str, steps: Sequence[Written], names: set[str]) -> dict[str, Any]:
@@ -227,7 +223,7 @@ class _Job:
             test |= {"set": variables} if variables else {}
             test |= {"config": self._config(names)} if "config" in names and self.config is not None else {}
             same = plan.manifest.tensors == part.tensors
-            return {**test, "given": _specs(part), "expect": "same" if same else _specs(plan.manifest)}
+            return {**test, "given": specs(part), "expect": "same" if same else specs(plan.manifest)}
         return {}
 
     def _config(self, names: set[str]) -> dict[str, Any]:
@@ -292,7 +288,7 @@ def _telling_names(steps: Sequence[Written], forward: Manifest, source: Manifest
     prefixes = [step.body if isinstance(step.body, str) else step.body["prefix"] for step in steps if step.op == "add_prefix"]
     new = {part for name in forward for part in name.split(".")}
     segments = [
-        part for name in source for part in name.split(".")[:-1] if part not in new and not part.isdigit() and _PLAIN.fullmatch(part)
+        part for name in source for part in name.split(".")[:-1] if part not in new and not part.isdigit() and PLAIN.fullmatch(part)
     ]
     wrappers = [f"{prefix}**" for prefix in prefixes if prefix.endswith(".")]
     wrappers += [f"**.{part}.**" for part in sorted(set(segments), key=segments.count, reverse=True)]
@@ -304,7 +300,7 @@ def _matches(text: str, manifest: Manifest) -> bool:
     return any(pattern.match(name) is not None for name in manifest)
 
 
-def _telling_shape(steps: Sequence[Written], forward: Manifest, source: Manifest) -> Written | None:
+def telling_shape(steps: Sequence[Written], forward: Manifest, source: Manifest) -> Written | None:
     """A check of a shape that is another after the steps."""
     for step in steps:
         for text in _patterns(step):
@@ -332,14 +328,6 @@ def _fields(node: Node) -> set[str]:
     return mine.union(*(_fields(part) for part in node.parts))
 
 
-def _specs(manifest: Manifest) -> dict[str, Any]:
-    return {name: _spec(spec) for name, spec in manifest.tensors.items()}
-
-
-def _spec(spec: TensorSpec) -> Any:
-    return list(spec.shape) if spec.dtype is DType.float32 else {"shape": list(spec.shape), "dtype": spec.dtype.value}
-
-
 # --- the file's text -------------------------------------------------------------------------------------------------------------------
 
 
@@ -365,54 +353,7 @@ class _Head:
         for step in steps:
             lines += [f"  # {step.comment}"] if step.comment and step.comment != said else []
             said = step.comment or said
-            lines += _step(step)
+            lines += step_lines(step)
         lines += ["expect_all: true"] if self.expect_all else []
-        lines += _tests(self.test) if self.test else []
+        lines += test_lines(self.test) if self.test else []
         return "\n".join(lines) + "\n"
-
-
-def _step(step: Written) -> list[str]:
-    short = f"  - {step.op}: {flow(step.body)}"
-    if (len(short) <= _LINE and step.op != "rename") or not isinstance(step.body, Mapping):
-        return [short]
-    if step.op == "rename" and len(step.body) == 1 and len(short) <= _LINE:
-        return [short]
-    return [f"  - {step.op}:", *_block(step.body, 6)]
-
-
-def _block(body: Mapping[str, Any], indent: int) -> list[str]:
-    lines: list[str] = []
-    for key, value in body.items():
-        text = f"{' ' * indent}{flow(key)}: {flow(value)}"
-        if len(text) <= _LINE or not isinstance(value, (list, Mapping, str)) or not value:
-            lines.append(text)
-        elif isinstance(value, str):
-            lines += [f"{' ' * indent}{flow(key)}:", f"{' ' * (indent + 2)}{flow(value)}"]
-        elif isinstance(value, Mapping):
-            lines += [f"{' ' * indent}{flow(key)}:", *_block(value, indent + 2)]
-        else:
-            lines += [f"{' ' * indent}{flow(key)}:", *(f"{' ' * (indent + 2)}- {flow(item)}" for item in value)]
-    return lines
-
-
-def _tests(test: Mapping[str, Any]) -> list[str]:
-    first, *rest = _block(test, 4)
-    return ["tests:", f"  - {first.strip()}", *rest]
-
-
-def flow(value: Any) -> str:
-    """A value on one line of strict YAML.
-
-    >>> flow({"from": "a.{i:int}", "dim": 0, "mul": 1e-05, "keys": ["x", "no"]})
-    '{from: "a.{i:int}", dim: 0, mul: 1.0e-05, keys: [x, "no"]}'
-    """
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(flow, value)) + "]"
-    if isinstance(value, float):
-        digits, _, exponent = repr(value).partition("e")
-        return (digits if "." in digits else f"{digits}.0") + (f"e{exponent}" if exponent else "")
-    if not isinstance(value, str):
-        return json.dumps(value)
-    return value if _PLAIN.fullmatch(value) and value.lower() not in _SURPRISES else json.dumps(value, ensure_ascii=False)

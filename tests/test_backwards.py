@@ -10,7 +10,7 @@ import yaml
 from ckptconv.api import manifest_of_state_dict
 from ckptconv.backnames import Row, Shape, Slot, Want, affine, fit, guessed, opened, parts_of, solved, text_of
 from ckptconv.backplan import Unturned
-from ckptconv.backwards import Lossy, back_name, flow, rule_back
+from ckptconv.backwards import Lossy, back_name, rule_back
 from ckptconv.errors import CkptconvError, Refusal
 from ckptconv.execute.memory_run import evaluate
 from ckptconv.invert import invert
@@ -21,6 +21,7 @@ from ckptconv.ruleset.model import parse
 from ckptconv.ruleset.patterns import Template
 from ckptconv.ruleset.schema import json_schema
 from ckptconv.ruletests import run_tests
+from ckptconv.ruletext import flow
 from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.transforms import Guard
 

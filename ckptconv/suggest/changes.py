@@ -1,0 +1,261 @@
+"""From pairs of modules to pairs of tensors, and what is left then: other sizes that a step can mend, ties, buffers, heads.
+
+Everything here is about the few tensors of which shapes do not say it all: what is paired has its form already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import isqrt
+
+from ckptconv.spec import Manifest
+from ckptconv.suggest.matching import LEVELS, Matching, skeleton
+from ckptconv.suggest.units import Module, Side, Unit
+from ckptconv.suggest.words import BUFFERS, HEADS, TOKENS, likeness, words
+
+_MOST_CHANNELS = 16
+_MOST_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor of the target (or several that are one in the source), of what it is made, and how its sizes are changed if they are."""
+
+    source: Unit
+    target: Unit
+    level: str
+    others: tuple[Unit, ...] = ()
+    change: str = ""  #: rows, positions, line, channels; tie
+    why: str = ""  #: why it is not certain
+
+
+@dataclass
+class Outcome:
+    """What becomes of everything."""
+
+    made: list[Made] = field(default_factory=list)
+    unused: list[Unit] = field(default_factory=list)  #: of the source
+    missing: list[Unit] = field(default_factory=list)  #: of the target
+    heads: list[tuple[Unit, Unit]] = field(default_factory=list)  #: of another size: dropped here, random there
+
+    def add(self, source: Unit, target: Unit, level: str, others: Sequence[Unit] = (), change: str = "", why: str = "") -> None:
+        self.made.append(Made(source, target, level, tuple(others), change, why))
+        self.unused = [unit for unit in self.unused if unit.names != source.names]
+        self.missing = [unit for unit in self.missing if unit.names != target.names]
+
+
+def without_lone_buffers(source: Side, target: Side) -> tuple[Side, Side, list[Unit], list[Unit]]:
+    """Both sides without the counters, masks and indices that only one of them has, so that a module is the same with and without."""
+    gone = [_lone(one, other) for one, other in ((source, target), (target, source))]
+    return source.without(gone[0]), target.without(gone[1]), gone[0], gone[1]
+
+
+def _lone(side: Side, other: Side) -> list[Unit]:
+    there = Counter(_leaf(unit) for unit in other.units)
+    return [unit for unit in side.units if is_buffer(unit) and not there[_leaf(unit)] and not other.forms[unit.form] > side.forms[unit.form]]
+
+
+def _leaf(unit: Unit) -> str:
+    return unit.name.rpartition(".")[2]
+
+
+def is_buffer(unit: Unit) -> bool:
+    """Whether a library makes such a tensor itself: whole numbers and booleans, and what is called like a mask or an index."""
+    return unit.dtype.kind in ("int", "uint", "bool") or _leaf(unit) in BUFFERS
+
+
+def outcome(matching: Matching, source: Side, target: Side, manifests: tuple[Manifest, Manifest]) -> Outcome:
+    """Tensor by tensor, with what the modules that are left over could be."""
+    found = Outcome()
+    for pair in matching.pairs:
+        for one, other in _units(pair.source, pair.target):
+            rivals = [unit for module in pair.others for unit, _ in _units(module, pair.target) if _ == other]
+            found.made.append(Made(one, other, pair.level, tuple(rivals)))
+    found.unused = [unit for module in matching.source_rest for unit in module.units]
+    found.missing = [unit for module in matching.target_rest for unit in module.units]
+    _same_forms(found)
+    _other_sizes(found, source, target)
+    _ties(found)
+    found.made = [_judged(made, found, manifests) for made in found.made]
+    return found
+
+
+def _units(source: Module, target: Module) -> list[tuple[Unit, Unit]]:
+    """The parameters of two modules by their roles; where roles have other names, by their forms and in order."""
+    rest = {unit.names: unit for unit in source.units}
+    found, open_ = [], []
+    for unit in target.units:
+        same = next((each for each in rest.values() if each.role == unit.role and each.form == unit.form), None)
+        if same is None:
+            open_.append(unit)
+        else:
+            found.append((rest.pop(same.names), unit))
+    for unit in open_:
+        same = next((each for each in rest.values() if each.form == unit.form), None)
+        if same is not None:
+            found.append((rest.pop(same.names), unit))
+    return found
+
+
+def _same_forms(found: Outcome) -> None:
+    """Parameters of one form that are in different company there: only where a name says that they are the same."""
+    for target in list(found.missing):
+        rivals = [unit for unit in found.unused if unit.form == target.form and (unit.role == target.role or not unit.role or not target.role)]
+        if rivals and not is_buffer(target):
+            alike = likeness([".".join(unit.path) for unit in rivals], [".".join(target.path)])
+            best = max(range(len(rivals)), key=lambda at: alike[at][0])
+            alone = len(rivals) == 1 and sum(unit.form == target.form for unit in found.missing) == 1
+            if alike[best][0] > 0.5 or (alone and len(target.form) > 2):
+                found.add(rivals[best], target, "likely" if alone else "ambiguous", [unit for at, unit in enumerate(rivals) if at != best])
+
+
+# --- other sizes -----------------------------------------------------------------------------------------------------------------------
+
+
+def _other_sizes(found: Outcome, source: Side, target: Side) -> None:
+    ours, theirs = (Counter(skeleton(unit.name) for unit in side.units) for side in (source, target))
+    spare = [unit for unit in found.unused if not unit.joined and (ours[skeleton(unit.name)] == 1 or len(unit.shape) == 4)]
+    for unit in list(found.missing):
+        if unit.joined or (theirs[skeleton(unit.name)] > 1 and len(unit.shape) != 4) or unit not in found.missing:
+            continue
+        rivals = [each for each in spare if each in found.unused and _change(each, unit)]
+        if not rivals:
+            continue
+        alike = likeness([".".join(each.path) for each in rivals], [".".join(unit.path)])
+        order = sorted(range(len(rivals)), key=lambda at: -alike[at][0])
+        best = rivals[order[0]]
+        change = _change(best, unit)
+        if change == "rows" and not _is_vocabulary(best, unit, found):
+            _head(found, best, unit)
+        elif change == "channels" and len([each for each in found.missing if _change(best, each) == "channels"]) > 1:
+            continue
+        elif change:
+            rows = change == "rows" and unit.shape[0] <= best.shape[0]
+            level = "likely" if len(rivals) == 1 or alike[order[0]][0] > alike[order[1]][0] + 0.2 else "ambiguous"
+            found.add(best, unit, level, [rivals[at] for at in order[1:]], change, "rows are cut off" if rows else "its sizes are changed")
+
+
+def _change(one: Unit, other: Unit) -> str:
+    """The step that makes one's sizes the other's; empty where none does."""
+    if one.role == "bias" or one.dtype.kind != other.dtype.kind or len(one.shape) < 2:
+        return ""
+    if len(one.shape) == 4 and len(other.shape) == 4:
+        differ = [at for at in range(4) if one.shape[at] != other.shape[at]]
+        return "channels" if differ == [1] and max(one.shape[1], other.shape[1]) <= _MOST_CHANNELS else ""
+    mine, theirs = ([size for size in unit.shape if size != 1] for unit in (one, other))
+    if len(mine) != 2 or len(theirs) != 2 or mine[1] != theirs[1] or mine[0] == theirs[0] or len(one.shape) != len(other.shape):
+        return ""
+    if "pos" in words(one.name) or "pos" in words(other.name):
+        return "positions" if grids(mine[0], theirs[0]) else "line"
+    return "rows" if len(one.shape) == 2 and one.role == other.role == "weight" else ""
+
+
+def grids(have: int, wanted: int) -> tuple[int, int, int] | None:
+    """(tokens before them, side of the square there, side of the square wanted), where both counts are squares after equally many tokens.
+
+    >>> grids(197, 257), grids(40, 80)
+    ((1, 14, 16), None)
+    """
+    for extra in range(_MOST_PREFIX):
+        one, other = isqrt(max(0, have - extra)), isqrt(max(0, wanted - extra))
+        if one * one == have - extra and other * other == wanted - extra and min(one, other) > 1:
+            return extra, one, other
+    return None
+
+
+def _is_vocabulary(one: Unit, other: Unit, found: Outcome) -> bool:
+    """Rows of a vocabulary, not of classes: there is no bias, and it is called so, or two matrices have the same new number of rows."""
+    biased = any(unit.path == other.path and unit.role == "bias" for unit in found.missing)
+    alike = [unit for unit in found.missing if unit.role == "weight" and unit.shape[:1] == other.shape[:1] and len(unit.shape) == 2]
+    named = {"embed", "vocab", "lm"} & {*words(one.name), *words(other.name)}
+    return not biased and (bool(named) or len(alike) > 1)
+
+
+def _head(found: Outcome, one: Unit, other: Unit) -> None:
+    mine = [unit for unit in found.unused if unit.path == one.path]
+    theirs = [unit for unit in found.missing if unit.path == other.path]
+    for unit in theirs:
+        partner = next((each for each in mine if each.role == unit.role), None)
+        if partner is not None:
+            found.heads.append((partner, unit))
+            found.unused.remove(partner)
+            found.missing.remove(unit)
+
+
+def _ties(found: Outcome) -> None:
+    """A head that is not there, with the shape of an embedding that is: most likely the two are tied."""
+    for unit in list(found.missing):
+        if len(unit.shape) != 2 or unit.joined or unit.role != "weight" or unit.shape[0] == unit.shape[1]:
+            continue
+        same = [each for each in found.made if each.target.shape == unit.shape and each.target.role == "weight" and not each.change
+                and not each.source.joined and not each.target.joined]  # fmt: skip
+        named = {"embed", "token"} & set(words(same[0].target.name)) if len(same) == 1 else set()
+        if named and {"head", "output", "unembed", "logits", "predictions"} & set(words(unit.name)):
+            found.add(same[0].source, unit, "ambiguous", (), "tie", "the source has no such tensor: its embeddings may be meant")
+
+
+# --- how sure ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _judged(made: Made, found: Outcome, manifests: tuple[Manifest, Manifest]) -> Made:
+    """The pair with what shapes cannot tell of its values: rows in another order, a square matrix turned or not."""
+    for holds, level, why in _DOUBTS:
+        if LEVELS.index(made.level) < LEVELS.index(level) and holds(made, found, manifests):
+            made = replace(made, level=level, why=made.why or why)
+    return made
+
+
+def _renamed(made: Made) -> bool:
+    """Another name, not only other wrappers around it."""
+    one, other = made.source.name.split("."), made.target.name.split(".")
+    shorter = min(len(one), len(other), 3)
+    return one[-shorter:] != other[-shorter:]
+
+
+def _is_fused(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+    return bool(made.source.sizes or made.target.sizes)
+
+
+def _is_rotated(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+    said = set(words(made.target.path[-1])) | set(words(made.source.path[-1]))
+    if not said & {"q", "k", "qkv"} or not _renamed(made) or "norm" in said:
+        return False
+    return not any("pos" in words(each.target.name) and len(each.target.form) > 2 for each in found.made)
+
+
+def _is_qkv(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+    one, other = made.source, made.target
+    if made.source.joined or not _renamed(made) or len(one.form) != 3:
+        return False
+    return one.form[1] == 3 * one.form[2] and "attn" in words(other.name) and one.path[-1] != other.path[-1]
+
+
+def _is_square(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+    one, other = made.source, made.target
+    square = len(one.form) == 3 and one.form[1] == one.form[2]
+    return square and (one.turned != other.turned or bool(one.role) != bool(other.role))
+
+
+def _is_token(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+    return len(made.target.form) == 2 and not made.target.role and any(each.change in ("positions", "line") for each in found.made)
+
+
+_DOUBTS: tuple[tuple[Callable[[Made, Outcome, tuple[Manifest, Manifest]], bool], str, str], ...] = (
+    (_is_fused, "likely", "the order of rows in the joined tensor is taken to be piece after piece"),
+    (_is_rotated, "likely", "rotary implementations order the rows of a head differently"),
+    (_is_qkv, "likely", "the order of rows in the joined tensor is taken to be the same"),
+    (_is_square, "likely", "a square matrix: its shape does not tell whether it is turned"),
+    (_is_token, "likely", "the positions are changed, and a token may have one of them"),
+)
+
+
+def is_head(unit: Unit) -> bool:
+    """Whether a tensor is called like the last layers of a model, which are made new for a new task."""
+    return bool(HEADS & {part.lower() for name in unit.path for part in name.split("_")} | ({"head"} & set(words(unit.name))))
+
+
+def is_token(unit: Unit) -> bool:
+    """Whether a tensor is one vector that stands for a token: of a class, a mask, a register."""
+    return not unit.role and bool(TOKENS & set(words(unit.name)))

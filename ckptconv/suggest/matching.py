@@ -1,0 +1,297 @@
+"""Which module of one side is which of the other.
+
+Top-down over both trees: parts with equal contents (the same signatures, however they are nested and called) are paired, members of lists
+by their number, and looked into; what is left between them is assigned by order and names. Parts that are built alike are solved once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ckptconv.names import natural_key
+from ckptconv.suggest.assigning import assigned
+from ckptconv.suggest.units import Module, Node, Side, Signature, tree_of
+from ckptconv.suggest.words import likeness, place
+
+LEVELS = ("certain", "likely", "ambiguous")
+_DIGITS = re.compile(r"\d+")
+_MOST = 48  #: more of one kind under several names are paired in order
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pair, by the modules' numbers in their parts, with how sure it is and what else it could be."""
+
+    source: int
+    target: int
+    level: int = 0
+    others: tuple[int, ...] = ()  #: further modules of the source that would do
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A module of the source and the module of the target that it becomes."""
+
+    source: Module
+    target: Module
+    level: str
+    others: tuple[Module, ...] = ()
+
+
+@dataclass(frozen=True)
+class Matching:
+    """All pairs, and what the two sides have left."""
+
+    pairs: tuple[Paired, ...]
+    source_rest: tuple[Module, ...]
+    target_rest: tuple[Module, ...]
+
+
+@dataclass
+class Evidence:
+    """How far the order of registration is to be trusted, learnt from pairs that nothing else could be."""
+
+    ordered: bool
+    same: int = 0
+    crossed: int = 0
+
+    @property
+    def trust(self) -> float:
+        """0 to 1; what was seen, on the side of trust while little was."""
+        if not self.ordered:
+            return 0.0
+        return max(0.0, (self.same + 3 - 2 * self.crossed) / (self.same + self.crossed + 3))
+
+    def learn(self, pairs: Sequence[tuple[int, int]]) -> None:
+        ordered = sorted(pairs)[:40]
+        for at, (_, one) in enumerate(ordered):
+            for _, other in ordered[at + 1 :]:
+                if one != other:
+                    self.same += other > one
+                    self.crossed += other < one
+
+
+def matched(source: Side, target: Side) -> Matching:
+    """The pairs of two coarsened sides."""
+    common = {module.signature for module in source.modules} & {module.signature for module in target.modules}
+    left, right = tree_of(_only(source, common)), tree_of(_only(target, common))
+    evidence = Evidence(source.ordered and target.ordered)
+    _Solver(evidence, learning=True).solve(left, right)
+    found = _Solver(evidence).solve(left, right)
+    pairs = tuple(
+        Paired(left.modules[each.source], right.modules[each.target], LEVELS[each.level], tuple(left.modules[at] for at in each.others))
+        for each in sorted(found, key=lambda each: each.target)
+    )
+    mine, theirs = {pair.source.path for pair in pairs}, {pair.target.path for pair in pairs}
+    return Matching(
+        pairs, tuple(each for each in source.modules if each.path not in mine),
+        tuple(each for each in target.modules if each.path not in theirs),
+    )  # fmt: skip
+
+
+def _only(side: Side, signatures: set[Signature]) -> Side:
+    return side.holding(unit for module in side.modules if module.signature in signatures for unit in module.units)
+
+
+def skeleton(name: str) -> str:
+    """A name without its numbers: what is equal here differs in numbers only."""
+    return _DIGITS.sub("#", name)
+
+
+@dataclass
+class _Solver:
+    evidence: Evidence
+    learning: bool = False
+    _known: dict[tuple[int, int], list[Found]] = field(default_factory=dict)
+
+    def solve(self, left: Node, right: Node) -> list[Found]:
+        left, right = _inner(left), _inner(right)
+        key = (left.shape, right.shape)
+        if key not in self._known:
+            self._known[key] = self._solve(left, right)
+        return self._known[key]
+
+    def _solve(self, left: Node, right: Node) -> list[Found]:
+        mine, theirs = _frontiers(left, right)
+        first, second = _numbers(left), _numbers(right)
+        found: list[Found] = []
+        anchors: list[tuple[int, int]] = []
+        for total, parts in mine.items():
+            others = theirs[total]
+            for one, other, level, rivals in self._parts(parts, others):
+                at, to = first[one.modules[0].path], second[other.modules[0].path]
+                if len(parts) == len(others) == 1 or level == 0:
+                    anchors.append((at, to))
+                for each in self.solve(one, other):
+                    more = tuple(first[rival.modules[each.source].path] for rival in rivals) if rivals else ()
+                    inner = tuple(at + rival for rival in each.others)
+                    found.append(Found(at + each.source, to + each.target, max(level, each.level), (*inner, *more)))
+        done, made = {each.source for each in found}, {each.target for each in found}
+        rest: dict[Signature, tuple[list[int], list[int]]] = {}
+        for at, module in enumerate(left.modules):
+            if at not in done:
+                rest.setdefault(module.signature, ([], []))[0].append(at)
+        for at, module in enumerate(right.modules):
+            if at not in made and module.signature in rest:
+                rest[module.signature][1].append(at)
+        for signature, (ours, wanted) in rest.items():
+            if ours and wanted:
+                if len(ours) == len(wanted) == 1:
+                    anchors.append((ours[0], wanted[0]))
+                found += self._modules(signature, left, right, ours, wanted)
+        if self.learning:
+            self.evidence.learn(anchors)
+        return found
+
+    def _parts(self, ours: Sequence[Node], theirs: Sequence[Node]) -> list[tuple[Node, Node, int, tuple[Node, ...]]]:
+        """Parts with equal contents in pairs, each with a level and the parts that it could be as well."""
+        pairs, levels, rivals = self._paired([node.name for node in ours], [node.name for node in theirs], solid=True)
+        return [(ours[at], theirs[to], levels[at], tuple(ours[other] for other in rivals[at])) for at, to in pairs]
+
+    def _modules(self, signature: Signature, left: Node, right: Node, ours: Sequence[int], theirs: Sequence[int]) -> list[Found]:
+        names = [_relative(left.modules[at], left) for at in ours]
+        wanted = [_relative(right.modules[at], right) for at in theirs]
+        solid = any(len(form) > 2 for form in signature)
+        pairs, levels, rivals = self._paired(names, wanted, solid=solid)
+        return [Found(ours[at], theirs[to], levels[at], tuple(ours[other] for other in rivals[at])) for at, to in pairs]
+
+    def _paired(
+        self, ours: Sequence[str], theirs: Sequence[str], *, solid: bool
+    ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
+        """Pairs of things that are equal but for their names, listed in order; of a list, the lower number first, whatever the order says."""
+        first, second = _by_number(ours), _by_number(theirs)
+        pairs, levels, rivals = self._in_order([ours[at] for at in first], [theirs[to] for to in second], solid=solid)
+        return (
+            [(first[at], second[to]) for at, to in pairs],
+            {first[at]: level for at, level in levels.items()},
+            {first[at]: tuple(first[other] for other in others) for at, others in rivals.items()},
+        )
+
+    def _in_order(
+        self, ours: Sequence[str], theirs: Sequence[str], *, solid: bool
+    ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
+        even = len(ours) == len(theirs)
+        if len(ours) == len(theirs) == 1:
+            alike = solid or likeness(ours, theirs)[0][0] > 0
+            return [(0, 0)], {0: 0 if alike else 1}, {0: ()}
+        kinds, others = {skeleton(name) for name in ours}, {skeleton(name) for name in theirs}
+        if even and len(kinds) == len(others) == 1:
+            return [(at, at) for at in range(len(ours))], dict.fromkeys(range(len(ours)), 0), dict.fromkeys(range(len(ours)), ())
+        if len(ours) > _MOST or len(theirs) > _MOST:
+            pairs = list(zip(range(len(ours)), range(len(theirs)), strict=False))
+            return pairs, dict.fromkeys(range(len(ours)), 1 if even and self.evidence.trust > 0.5 else 2), dict.fromkeys(range(len(ours)), ())
+        return self._weighed(ours, theirs)
+
+    def _weighed(self, ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
+        alike = likeness(ours, theirs)
+        first, second = _places(ours), _places(theirs)
+        last = [one.rpartition(".")[2] for one in ours], [other.rpartition(".")[2] for other in theirs]
+        name = [[alike[at][to] + _agree(first[at], second[to]) + 0.3 * (last[0][at] == last[1][to]) for to in range(len(theirs))] for at in range(len(ours))]
+        span = max(len(ours), len(theirs)) - 1
+        order = [[-abs(at - to) / span for to in range(len(theirs))] for at in range(len(ours))]
+        trust = self.evidence.trust
+        weight = 1.2 * trust + 0.02
+        columns = assigned([[-name[at][to] - weight * order[at][to] for to in range(len(theirs))] for at in range(len(ours))])
+        pairs = [(at, to) for at, to in enumerate(columns) if to >= 0]
+        levels: dict[int, int] = {}
+        rivals: dict[int, tuple[int, ...]] = {}
+        kinds = [(skeleton(one)) for one in ours], [(skeleton(other)) for other in theirs]
+        for at, to in pairs:
+            worst, could = 0, []
+            for other, there in [*pairs, *((other, -1) for other, column in enumerate(columns) if column < 0)]:
+                if other == at:
+                    continue
+                level = self._level(name, order, trust, at, to, other, there, kinds)
+                worst = max(worst, level)
+                if level == 2:
+                    could.append(other)
+            if len(theirs) > len(ours):
+                worst = max(worst, 1)
+            levels[at], rivals[at] = worst, tuple(could)
+        return pairs, levels, rivals
+
+    def _level(
+        self, name: Sequence[Sequence[float]], order: Sequence[Sequence[float]], trust: float, at: int, to: int, other: int, there: int,
+        kinds: tuple[Sequence[str], Sequence[str]],
+    ) -> int:  # fmt: skip
+        """How sure a pair is against one change of places with another (``there`` -1: with one that stays unused)."""
+        if there < 0:
+            gain, turn = name[at][to] - name[other][to], order[at][to] - order[other][to]
+        else:
+            if kinds[0][at] == kinds[0][other] and kinds[1][to] == kinds[1][there] and (at < other) == (to < there):
+                return 0  # two of a list, by their numbers
+            gain = name[at][to] + name[other][there] - name[at][there] - name[other][to]
+            turn = order[at][to] + order[other][there] - order[at][there] - order[other][to]
+        if trust > 0.5:
+            if gain > 0.25 and turn >= 0:
+                return 0
+            if gain >= 0 and turn > 0:
+                return 1
+            return 2 if gain < 0.4 else 1
+        return 0 if gain > 0.8 else 1 if gain > 0.4 else 2
+
+
+def _agree(one: int, other: int) -> float:
+    """What it counts for that both names say which of two alike they are."""
+    return 0.0 if not one or not other else 0.3 if one == other else -0.3
+
+
+def _places(names: Sequence[str]) -> list[int]:
+    """For every name whether it is the first or second of two alike; two that differ in their number only are told by that."""
+    kinds = Counter(skeleton(name) for name in names)
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        kind = skeleton(name)
+        seen[kind] += 1
+        found.append(seen[kind] if kinds[kind] == 2 else place(name))
+    return found
+
+
+def _by_number(names: Sequence[str]) -> list[int]:
+    """The places of the names, those that differ in numbers only exchanged so that these rise."""
+    kinds: dict[str, list[int]] = {}
+    for at, name in enumerate(names):
+        kinds.setdefault(skeleton(name), []).append(at)
+    rising = {kind: iter(sorted(places, key=lambda at: natural_key(names[at]))) for kind, places in kinds.items()}
+    return [next(rising[skeleton(name)]) for name in names]
+
+
+def _inner(node: Node) -> Node:
+    """Past places that hold one part and nothing else: wrappers, mostly."""
+    while len(node.children) == 1 and node.module is None:
+        node = node.children[0]
+    return node
+
+
+def _numbers(node: Node) -> dict[tuple[str, ...], int]:
+    return {module.path: at for at, module in enumerate(node.modules)}
+
+
+def _relative(module: Module, node: Node) -> str:
+    return ".".join(module.path[len(node.path) :]) or module.path[-1]
+
+
+def _frontiers(left: Node, right: Node) -> tuple[dict[int, list[Node]], dict[int, list[Node]]]:
+    """The outermost parts of each that have an equal in the other, by their contents."""
+    whole = left.total != right.total
+    ours = {node.total for node in left.below() if len(node.modules) > 1 and (whole or node is not left)}
+    theirs = {node.total for node in right.below() if len(node.modules) > 1 and (whole or node is not right)}
+    mine, other = _outermost(left, theirs, whole), _outermost(right, ours, whole)
+    return {total: parts for total, parts in mine.items() if total in other}, other
+
+
+def _outermost(root: Node, totals: Iterable[int], whole: bool) -> dict[int, list[Node]]:
+    there = set(totals)
+    found: dict[int, list[Node]] = {}
+    stack = [root] if whole else list(reversed(root.children))
+    while stack:
+        node = _inner(stack.pop())
+        if len(node.modules) > 1 and node.total in there:
+            found.setdefault(node.total, []).append(node)
+        elif len(node.modules) > 1:
+            stack.extend(reversed(node.children))
+    return found

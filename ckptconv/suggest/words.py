@@ -1,0 +1,114 @@
+"""What names say: their words in one spelling, and how alike two of them are among others that could be meant.
+
+No table of models: only words that people use for one another everywhere, and the few that tell which of two alike comes first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from math import log
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+#: Words for one thing, the last of each line standing for all.
+_SPELLINGS = (
+    "attention attn", "ffn mlp", "query wq q", "key wk k", "value wv v", "wo o", "layernorm ln norm", "bn norm", "batchnorm norm",
+    "normalization norm", "convolution conv", "projection proj", "position pos", "positional pos", "class cls", "embeddings embed", "embedding embed",
+    "tok token", "tokens token", "wte token", "word token", "wpe pos", "classifier head", "fc linear", "lin linear", "dense linear",
+    "downsample shortcut", "skip shortcut", "dist distillation", "dw depthwise", "sa attn", "ls scale", "lambda scale", "gamma scale",
+    "layer block", "layers block", "blocks block", "h block", "groups stage", "levels stage", "stages stage", "reg register", "registers register",
+    "se squeeze", "squeezeexcitation squeeze", "attn_mask mask",
+)  # fmt: skip
+_SAME = {word: words.split()[-1] for words in _SPELLINGS for word in words.split()}
+#: Words that say nothing of what a module is, because nearly every model has them somewhere above everything.
+_EMPTY = frozenset({"model", "module", "net", "backbone", "the", "self", "block", "transformer", "encoder", "decoder", "to"})
+_SPLIT = {"layernorm": ("layernorm",), "feedforward": ("mlp",), "inproj": ("in", "proj"), "outproj": ("out", "proj")}
+
+#: Which of two alike comes first: `pre`, `input`, `before`; and what stands before or after another part is told by that part.
+_FIRST = frozenset({"before", "input", "in", "first", "expand", "start"})
+_SECOND = frozenset({"after", "output", "out", "second", "reduce", "final", "end"})
+QUERY_KEY_VALUE = ("q", "k", "v")
+
+#: Tensors that libraries make themselves and sometimes save: masks, indices, counters, frequencies.
+BUFFERS = frozenset({
+    "num_batches_tracked", "position_ids", "token_type_ids", "inv_freq", "relative_position_index", "attn_mask", "masked_bias", "causal_mask",
+    "freqs", "freqs_cis", "rope_freqs", "relative_coords_table", "original_inv_freq", "cos_cached", "sin_cached", "logit_mask",
+})  # fmt: skip
+#: What an optimizer keeps for every parameter: a file of these has the shapes of a model, and none of its weights.
+OPTIMIZER = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq", "square_avg", "grad_avg", "acc_delta"})
+ADAPTERS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
+HEADS = frozenset({"head", "heads", "classifier", "pooler", "fc", "logits", "output", "predictions", "classification", "pool"})
+TOKENS = frozenset({"token", "cls", "distillation", "mask", "register"})
+
+
+@lru_cache(maxsize=1 << 17)
+def words(name: str) -> tuple[str, ...]:
+    """The words of a name in one spelling, numbers left out.
+
+    >>> words("encoder.self_attn.q_proj"), words("attention.wq")
+    (('attn', 'q', 'proj'), ('attn', 'q'))
+    """
+    found: list[str] = []
+    for piece in _WORD.findall(name):
+        lower = piece.lower()
+        if not lower.isdigit():
+            found += [_SAME.get(each, each) for each in _SPLIT.get(lower, (lower,))]
+    joined = " ".join(found).replace("feed forward", "mlp").replace("squeeze excitation", "squeeze")
+    return tuple(word for word in joined.split() if word not in _EMPTY)
+
+
+def place(name: str) -> int:
+    """1 or 2 where a name says that it is the first or the second of two alike, else 0.
+
+    What stands after the attention, or before the feed-forward part, belongs to the latter.
+
+    >>> [place(name) for name in ("layernorm_before", "post_attention_layernorm", "attention_norm", "mlp_norm", "norm")]
+    [1, 2, 1, 2, 0]
+    """
+    last = name.rpartition(".")[2]
+    spelled = [piece.lower() for piece in _WORD.findall(last)]
+    said = set(words(last))
+    if "post" in spelled:
+        return 2 if "attn" in said else 0
+    if "attn" in said and "norm" in said:
+        return 1
+    if "mlp" in said and "norm" in said:
+        return 2
+    if _FIRST & set(spelled):
+        return 1
+    return 2 if _SECOND & set(spelled) else 0
+
+
+def likeness(left: Sequence[str], right: Sequence[str]) -> list[list[float]]:
+    """How alike every name of ``left`` is to every one of ``right``, 0 to 1: words that tell none of them apart count little.
+
+    >>> [[round(each, 1) for each in row] for row in likeness(["attn.q_proj", "attn.k_proj"], ["attention.wq", "attention.wk"])]
+    [[0.6, 0.2], [0.2, 0.6]]
+    """
+    ours, theirs = [Counter(words(name)) for name in left], [Counter(words(name)) for name in right]
+    spread = Counter(word for each in (*ours, *theirs) for word in each)
+    total = len(ours) + len(theirs)
+    weight = {word: log(1 + total / count) for word, count in spread.items()}
+    return [[_overlap(one, other, weight) for other in theirs] for one in ours]
+
+
+def _overlap(one: Counter[str], other: Counter[str], weight: dict[str, float]) -> float:
+    both = sum(weight[word] * count for word, count in (one & other).items())
+    either = sum(weight[word] * count for word, count in (one | other).items())
+    return both / either if either else 0.5
+
+
+def says_all(names: Iterable[str], wanted: Sequence[str]) -> list[int] | None:
+    """Which of ``names`` carries which of the ``wanted`` words, in their order, where every one is carried by exactly one name.
+
+    >>> says_all(["attn.v_proj", "attn.query", "attn.key"], ("q", "k", "v"))
+    [1, 2, 0]
+    """
+    carried = [set(words(name.rpartition(".")[2])) & set(wanted) for name in names]
+    if len(carried) != len(wanted) or any(len(each) != 1 for each in carried):
+        return None
+    at = {next(iter(each)): place_ for place_, each in enumerate(carried)}
+    return [at[word] for word in wanted] if len(at) == len(wanted) else None
