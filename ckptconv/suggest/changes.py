@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from ckptconv.spec import Manifest
-from ckptconv.suggest.matching import LEVELS, Matching, skeleton
+from ckptconv.suggest.blocks import skeleton
+from ckptconv.suggest.matching import LEVELS, Matching
 from ckptconv.suggest.units import Module, Side, Unit
 from ckptconv.suggest.words import BUFFERS, HEADS, TOKENS, likeness, words
 
@@ -63,7 +64,8 @@ def _leaf(unit: Unit) -> str:
 
 def is_buffer(unit: Unit) -> bool:
     """Whether a library makes such a tensor itself: whole numbers and booleans, and what is called like a mask or an index."""
-    return unit.dtype.kind in ("int", "uint", "bool") or _leaf(unit) in BUFFERS
+    mask = len(unit.shape) == 4 and unit.shape[:2] == (1, 1) and unit.shape[2] == unit.shape[3] > 1 and unit.role == "bias"
+    return unit.dtype.kind in ("int", "uint", "bool") or _leaf(unit) in BUFFERS or mask
 
 
 def outcome(matching: Matching, source: Side, target: Side, manifests: tuple[Manifest, Manifest]) -> Outcome:
@@ -100,7 +102,12 @@ def _units(source: Module, target: Module) -> list[tuple[Unit, Unit]]:
 
 
 def _same_forms(found: Outcome) -> None:
-    """Parameters of one form that are in different company there: only where a name says that they are the same."""
+    """Parameters of one form, or of one turned, that are in different company there: where a name says so, or nothing else has the form."""
+    spare, open_ = Counter(unit.form for unit in found.unused), Counter(unit.form for unit in found.missing)
+    for at, unit in enumerate(found.unused):
+        other = (*unit.form[:-2], unit.form[-1], unit.form[-2]) if len(unit.form) == 3 else unit.form
+        if other != unit.form and not open_[unit.form] and spare[unit.form] <= open_[other] and not spare[other]:
+            found.unused[at] = replace(unit, turned=not unit.turned)
     for target in list(found.missing):
         rivals = [unit for unit in found.unused if unit.form == target.form and (unit.role == target.role or not unit.role or not target.role)]
         if rivals and not is_buffer(target):
@@ -128,7 +135,11 @@ def _other_sizes(found: Outcome, source: Side, target: Side) -> None:
         best = rivals[order[0]]
         change = _change(best, unit)
         if change == "rows" and not _is_vocabulary(best, unit, found):
-            _head(found, best, unit)
+            last = target.ordered and unit.at > max((made.target.at for made in found.made), default=0)
+            if is_head(unit) or last:
+                _head(found, best, unit)
+        elif change == "rows" and not _near(best, unit):
+            continue
         elif change == "channels" and len([each for each in found.missing if _change(best, each) == "channels"]) > 1:
             continue
         elif change:
@@ -150,6 +161,11 @@ def _change(one: Unit, other: Unit) -> str:
     if "pos" in words(one.name) or "pos" in words(other.name):
         return "positions" if grids(mine[0], theirs[0]) else "line"
     return "rows" if len(one.shape) == 2 and one.role == other.role == "weight" else ""
+
+
+def _near(one: Unit, other: Unit) -> bool:
+    """Rows of one vocabulary: padded, or with some words more."""
+    return max(one.shape[0], other.shape[0]) <= 2 * min(one.shape[0], other.shape[0])
 
 
 def grids(have: int, wanted: int) -> tuple[int, int, int] | None:
@@ -185,15 +201,19 @@ def _head(found: Outcome, one: Unit, other: Unit) -> None:
 
 
 def _ties(found: Outcome) -> None:
-    """A head that is not there, with the shape of an embedding that is: most likely the two are tied."""
+    """A head that is not there, with the shape of an embedding that is, or a bias beside one alike: most likely the two are tied."""
+    why = "the source has no such tensor: the one that it is tied to elsewhere may be meant"
+    rows = Counter(size for each in (*found.missing, *(made.target for made in found.made)) for size in each.form[1:] if len(each.form) > 2)
     for unit in list(found.missing):
-        if len(unit.shape) != 2 or unit.joined or unit.role != "weight" or unit.shape[0] == unit.shape[1]:
+        same = [made for made in found.made if made.target.form == unit.form and made.target.role == unit.role and not made.change
+                and not made.source.joined and not made.target.joined]  # fmt: skip
+        if unit.joined or len(same) != 1 or len(set(unit.form[1:])) < len(unit.form) - 1:
             continue
-        same = [each for each in found.made if each.target.shape == unit.shape and each.target.role == "weight" and not each.change
-                and not each.source.joined and not each.target.joined]  # fmt: skip
-        named = {"embed", "token"} & set(words(same[0].target.name)) if len(same) == 1 else set()
-        if named and {"head", "output", "unembed", "logits", "predictions"} & set(words(unit.name)):
-            found.add(same[0].source, unit, "ambiguous", (), "tie", "the source has no such tensor: its embeddings may be meant")
+        partner = same[0].target
+        embeds = len(unit.form) == 3 and {"embed", "token"} & set(words(partner.name)) and rows[unit.form[1]] == 2
+        beside = len(unit.form) == 2 and partner.path[:-1] and unit.path[: len(partner.path) - 1] == partner.path[:-1] and is_head(unit)
+        if embeds or beside:
+            found.add(same[0].source, unit, "ambiguous", (), "tie", why)
 
 
 # --- how sure ---------------------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from ckptconv.suggest.blocks import skeleton
 from ckptconv.suggest.units import Side, Unit
 from ckptconv.suggest.words import QUERY_KEY_VALUE, says_all, words
 
 Form = tuple[int, ...]
 _MOST_SIBLINGS = 10
+_MOST_ROUNDS = 3
 #: The member of a list that stands for all of them.
 EVERY = "*"
 
@@ -24,8 +26,12 @@ def coarsened(source: Side, target: Side) -> tuple[Side, Side]:
     """Both sides with everything joined that is one tensor on the other side."""
     source = _stacked(source, target)
     target = _stacked(target, source)
-    source, target = _fused(source, target)
-    target, source = _fused(target, source)
+    for _ in range(_MOST_ROUNDS):  # what is joined on one side may be what the other side lacked to be joined
+        before = len(source.units), len(target.units)
+        source, target = _fused(source, target)
+        target, source = _fused(target, source)
+        if before == (len(source.units), len(target.units)):
+            break
     return source, target
 
 
@@ -106,21 +112,26 @@ def _fused(side: Side, other: Side) -> tuple[Side, Side]:
             named.setdefault(unit.form, []).append(unit.path[-1])
     families: dict[tuple[tuple[str, ...], str], list[Unit]] = {}
     for unit in side.units:
-        if spare[unit.form]:
+        if spare[unit.form] and not unit.sizes:
             families.setdefault((unit.path[:-1], unit.role), []).append(unit)
     known: dict[tuple[tuple[str, Form], ...], list[_Join]] = {}
     joined: dict[tuple[str, ...], Unit] = {}
     flipped: set[Form] = set()
+    alike = Counter(_kind(parent, family) for (parent, _), family in families.items())
+    begun: Counter[tuple[object, Form]] = Counter()
     for (parent, _), family in families.items():
+        kind = _kind(parent, family)
         key = tuple((unit.path[-1], unit.form) for unit in family)
         if key not in known:
             known[key] = _joins(family, {**dict.fromkeys(wanted), **dict.fromkeys(turned)}, named, side.ordered)
         taken: set[int] = set()
         for join in known[key]:
             form = join.form if wanted[join.form] > 0 else turned.get(join.form, join.form)
-            if taken & set(join.members) or wanted[form] <= 0:
+            # What most members of a list need, all of them get: one tensor of that shape may be another's.
+            if taken & set(join.members) or (wanted[form] <= 0 and 2 * begun[kind, form] < alike[kind]):
                 continue
             wanted[form] -= 1
+            begun[kind, form] += 1
             taken.update(join.members)
             if form != join.form:
                 flipped.add(form)
@@ -129,6 +140,10 @@ def _fused(side: Side, other: Side) -> tuple[Side, Side]:
     gone = {name for unit in joined.values() for name in unit.names}
     side = side.holding(joined.get(unit.names, unit) for unit in side.units if unit.names in joined or unit.name not in gone)
     return side, other.holding(replace(unit, turned=True) if unit.form in flipped else unit for unit in other.units)
+
+
+def _kind(parent: tuple[str, ...], family: Sequence[Unit]) -> object:
+    return skeleton(".".join(parent)), family[0].role, tuple(unit.path[-1] for unit in family)
 
 
 def _joins(family: Sequence[Unit], wanted: Mapping[Form, object], named: Mapping[Form, Sequence[str]], ordered: bool) -> list[_Join]:

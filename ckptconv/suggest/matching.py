@@ -6,18 +6,17 @@ by their number, and looked into; what is left between them is assigned by order
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptconv.names import natural_key
 from ckptconv.suggest.assigning import assigned
+from ckptconv.suggest.blocks import families, skeleton, zones
 from ckptconv.suggest.units import Module, Node, Side, Signature, tree_of
 from ckptconv.suggest.words import likeness, place
 
 LEVELS = ("certain", "likely", "ambiguous")
-_DIGITS = re.compile(r"\d+")
 _MOST = 48  #: more of one kind under several names are paired in order
 
 
@@ -55,8 +54,12 @@ class Evidence:
     """How far the order of registration is to be trusted, learnt from pairs that nothing else could be."""
 
     ordered: bool
+    before: Mapping[tuple[str, ...], int]  #: of the source's modules outside of its blocks: on which side of them
+    after: Mapping[tuple[str, ...], int]
     same: int = 0
     crossed: int = 0
+    votes: Counter[tuple[str, str]] = field(default_factory=Counter)  #: of names within parts: how many parts paired the two
+    voters: Counter[str] = field(default_factory=Counter)
 
     @property
     def trust(self) -> float:
@@ -64,6 +67,16 @@ class Evidence:
         if not self.ordered:
             return 0.0
         return max(0.0, (self.same + 3 - 2 * self.crossed) / (self.same + self.crossed + 3))
+
+    def vote(self, one: str, other: str) -> None:
+        self.votes[one, other] += 1
+        self.voters[one] += 1
+        self.voters[other + " <"] += 1
+
+    def support(self, one: str, other: str) -> float:
+        """0 to 1: how much the other parts that have a choice or none speak for a pair."""
+        count = self.votes[one, other]
+        return count / (self.voters[one] + self.voters[other + " <"] - count) if count else 0.0
 
     def learn(self, pairs: Sequence[tuple[int, int]]) -> None:
         ordered = sorted(pairs)[:40]
@@ -78,7 +91,7 @@ def matched(source: Side, target: Side) -> Matching:
     """The pairs of two coarsened sides."""
     common = {module.signature for module in source.modules} & {module.signature for module in target.modules}
     left, right = tree_of(_only(source, common)), tree_of(_only(target, common))
-    evidence = Evidence(source.ordered and target.ordered)
+    evidence = Evidence(source.ordered and target.ordered, zones(source, families(source)), zones(target, families(target)))
     _Solver(evidence, learning=True).solve(left, right)
     found = _Solver(evidence).solve(left, right)
     pairs = tuple(
@@ -96,9 +109,7 @@ def _only(side: Side, signatures: set[Signature]) -> Side:
     return side.holding(unit for module in side.modules if module.signature in signatures for unit in module.units)
 
 
-def skeleton(name: str) -> str:
-    """A name without its numbers: what is equal here differs in numbers only."""
-    return _DIGITS.sub("#", name)
+_Table = Sequence[Sequence[float]]
 
 
 @dataclass
@@ -144,26 +155,39 @@ class _Solver:
                 found += self._modules(signature, left, right, ours, wanted)
         if self.learning:
             self.evidence.learn(anchors)
+            for each in found:
+                self.evidence.vote(_ending(left.modules[each.source]), _ending(right.modules[each.target]))
         return found
 
     def _parts(self, ours: Sequence[Node], theirs: Sequence[Node]) -> list[tuple[Node, Node, int, tuple[Node, ...]]]:
         """Parts with equal contents in pairs, each with a level and the parts that it could be as well."""
-        pairs, levels, rivals = self._paired([node.name for node in ours], [node.name for node in theirs], solid=True)
+        voted = [[self.evidence.support(_ending(one.modules[0]), _ending(other.modules[0])) for other in theirs]
+                 for one in ours] if len(ours) * len(theirs) > 1 and not self.learning else []  # fmt: skip
+        pairs, levels, rivals = self._paired([node.name for node in ours], [node.name for node in theirs], voted, solid=True)
         return [(ours[at], theirs[to], levels[at], tuple(ours[other] for other in rivals[at])) for at, to in pairs]
 
     def _modules(self, signature: Signature, left: Node, right: Node, ours: Sequence[int], theirs: Sequence[int]) -> list[Found]:
         names = [_relative(left.modules[at], left) for at in ours]
         wanted = [_relative(right.modules[at], right) for at in theirs]
         solid = any(len(form) > 2 for form in signature)
-        pairs, levels, rivals = self._paired(names, wanted, solid=solid)
+        voted: list[list[float]] = []
+        if len(ours) * len(theirs) > 1:
+            voted = [[self._extra(left.modules[at], right.modules[to], solid) for to in theirs] for at in ours]
+        pairs, levels, rivals = self._paired(names, wanted, voted, solid=solid)
         return [Found(ours[at], theirs[to], levels[at], tuple(ours[other] for other in rivals[at])) for at, to in pairs]
 
+    def _extra(self, one: Module, other: Module, solid: bool) -> float:
+        """What speaks for a pair besides names and order: other parts, and, for norms, the same side of the blocks."""
+        side = 0 if solid else self.evidence.before.get(one.path, 0) * self.evidence.after.get(other.path, 0)
+        return (0.0 if self.learning else self.evidence.support(_ending(one), _ending(other))) - 2 * (side < 0)
+
     def _paired(
-        self, ours: Sequence[str], theirs: Sequence[str], *, solid: bool
+        self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]], *, solid: bool
     ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
         """Pairs of things that are equal but for their names, listed in order; of a list, the lower number first, whatever the order says."""
         first, second = _by_number(ours), _by_number(theirs)
-        pairs, levels, rivals = self._in_order([ours[at] for at in first], [theirs[to] for to in second], solid=solid)
+        voted = [[voted[at][to] for to in second] for at in first] if voted else []
+        pairs, levels, rivals = self._in_order([ours[at] for at in first], [theirs[to] for to in second], voted, solid=solid)
         return (
             [(first[at], second[to]) for at, to in pairs],
             {first[at]: level for at, level in levels.items()},
@@ -171,7 +195,7 @@ class _Solver:
         )
 
     def _in_order(
-        self, ours: Sequence[str], theirs: Sequence[str], *, solid: bool
+        self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]], *, solid: bool
     ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
         even = len(ours) == len(theirs)
         if len(ours) == len(theirs) == 1:
@@ -183,18 +207,21 @@ class _Solver:
         if len(ours) > _MOST or len(theirs) > _MOST:
             pairs = list(zip(range(len(ours)), range(len(theirs)), strict=False))
             return pairs, dict.fromkeys(range(len(ours)), 1 if even and self.evidence.trust > 0.5 else 2), dict.fromkeys(range(len(ours)), ())
-        return self._weighed(ours, theirs)
+        return self._weighed(ours, theirs, voted)
 
-    def _weighed(self, ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
+    def _weighed(
+        self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]]
+    ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
         alike = likeness(ours, theirs)
         first, second = _places(ours), _places(theirs)
         last = [one.rpartition(".")[2] for one in ours], [other.rpartition(".")[2] for other in theirs]
         name = [[alike[at][to] + _agree(first[at], second[to]) + 0.3 * (last[0][at] == last[1][to]) for to in range(len(theirs))] for at in range(len(ours))]
+        total = [[each + voted[at][to] for to, each in enumerate(row)] for at, row in enumerate(name)] if voted else name
         span = max(len(ours), len(theirs)) - 1
         order = [[-abs(at - to) / span for to in range(len(theirs))] for at in range(len(ours))]
         trust = self.evidence.trust
         weight = 1.2 * trust + 0.02
-        columns = assigned([[-name[at][to] - weight * order[at][to] for to in range(len(theirs))] for at in range(len(ours))])
+        columns = assigned([[-total[at][to] - weight * order[at][to] for to in range(len(theirs))] for at in range(len(ours))])
         pairs = [(at, to) for at, to in enumerate(columns) if to >= 0]
         levels: dict[int, int] = {}
         rivals: dict[int, tuple[int, ...]] = {}
@@ -204,7 +231,7 @@ class _Solver:
             for other, there in [*pairs, *((other, -1) for other, column in enumerate(columns) if column < 0)]:
                 if other == at:
                     continue
-                level = self._level(name, order, trust, at, to, other, there, kinds)
+                level = self._level((name, total, order), trust, at, to, other, there, kinds)
                 worst = max(worst, level)
                 if level == 2:
                     could.append(other)
@@ -214,24 +241,30 @@ class _Solver:
         return pairs, levels, rivals
 
     def _level(
-        self, name: Sequence[Sequence[float]], order: Sequence[Sequence[float]], trust: float, at: int, to: int, other: int, there: int,
+        self, scores: tuple[_Table, _Table, _Table], trust: float, at: int, to: int, other: int, there: int,
         kinds: tuple[Sequence[str], Sequence[str]],
     ) -> int:  # fmt: skip
-        """How sure a pair is against one change of places with another (``there`` -1: with one that stays unused)."""
-        if there < 0:
-            gain, turn = name[at][to] - name[other][to], order[at][to] - order[other][to]
-        else:
-            if kinds[0][at] == kinds[0][other] and kinds[1][to] == kinds[1][there] and (at < other) == (to < there):
-                return 0  # two of a list, by their numbers
-            gain = name[at][to] + name[other][there] - name[at][there] - name[other][to]
-            turn = order[at][to] + order[other][there] - order[at][there] - order[other][to]
+        """How sure a pair is against one change of places with another (``there`` -1: with one that stays unused).
+
+        Certain only where names and order agree, or where names that need no order speak clearly: what other parts of the same model
+        say was decided in the same way as this.
+        """
+        if there >= 0 and kinds[0][at] == kinds[0][other] and kinds[1][to] == kinds[1][there] and (at < other) == (to < there):
+            return 0  # two of a list, by their numbers
+
+        def gain(score: _Table) -> float:
+            if there < 0:
+                return score[at][to] - score[other][to]
+            return score[at][to] + score[other][there] - score[at][there] - score[other][to]
+
+        name, total, turn = map(gain, scores)
         if trust > 0.5:
-            if gain > 0.25 and turn >= 0:
+            if name > 0.25 and turn >= 0 and total > 0.25:
                 return 0
-            if gain >= 0 and turn > 0:
+            if total >= 0 and turn > 0:
                 return 1
-            return 2 if gain < 0.4 else 1
-        return 0 if gain > 0.8 else 1 if gain > 0.4 else 2
+            return 1 if total >= 0.4 and name >= 0 else 2
+        return 0 if min(name, total) > 0.8 else 1 if min(name, total) > 0.4 else 2
 
 
 def _agree(one: int, other: int) -> float:
@@ -269,6 +302,11 @@ def _inner(node: Node) -> Node:
 
 def _numbers(node: Node) -> dict[tuple[str, ...], int]:
     return {module.path: at for at, module in enumerate(node.modules)}
+
+
+def _ending(module: Module) -> str:
+    """What a module is called in the part around it."""
+    return ".".join(module.path[-2:])
 
 
 def _relative(module: Module, node: Node) -> str:

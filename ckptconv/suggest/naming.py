@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ckptconv.backnames import Formula, Part, Row, Shape, Slot, Unfit, Want, fit, text_of
 from ckptconv.names import natural_key
 from ckptconv.ruleset.patterns import Pattern
-from ckptconv.suggest.matching import skeleton
+from ckptconv.suggest.blocks import skeleton
 
 #: Stands in names for the number over which tensors are stacked or unstacked.
 EVERY = "\u2217"
@@ -183,19 +183,20 @@ def _with_choices(entries: list[Said], names: Sequence[str]) -> list[Said]:
     merged = True
     while merged:
         merged = False
-        groups: dict[object, list[Said]] = {}
-        for entry in entries:
+        groups: dict[object, list[int]] = {}
+        for at, entry in enumerate(entries):
             for key in _views(entry):
-                groups.setdefault(key, []).append(entry)
-        for key, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-            if len(group) < 2 or len(group) > _MOST_CHOICES:
+                groups.setdefault(key, []).append(at)
+        one: dict[int, Said | None] = {}
+        for key, places in sorted(((key, places) for key, places in groups.items() if len(places) > 1), key=lambda item: -len(item[1])):
+            if len(places) > _MOST_CHOICES or any(at in one for at in places):
                 continue
-            one = _merge(key, group, names)
-            if one is not None:
-                at = min(entries.index(each) for each in group)
-                entries = [one if place == at else each for place, each in enumerate(entries) if place == at or each not in group]
+            made = _merge(key, [entries[at] for at in places], names)
+            if made is not None:
+                one.update(dict.fromkeys(places))
+                one[places[0]] = made
                 merged = True
-                break
+        entries = [each for at, entry in enumerate(entries) if (each := one.get(at, entry)) is not None]
     return entries
 
 

@@ -14,6 +14,7 @@ from ckptconv.spec import Manifest
 from ckptconv.suggest.changes import Outcome, is_buffer, outcome, without_lone_buffers
 from ckptconv.suggest.joining import coarsened
 from ckptconv.suggest.matching import matched
+from ckptconv.suggest.ranks import gathered
 from ckptconv.suggest.units import Side, side_of
 from ckptconv.suggest.verdict import CONVERTIBLE, LOADS, LOSSY, NOT, Cause, judged
 from ckptconv.suggest.writing import Rule, Unwritten, written
@@ -59,7 +60,7 @@ def suggest(
         return Suggestion(LOADS, mapping=same, confidence=dict.fromkeys(same, "certain"))
     one, other = side_of(source, aliases=not target.ties), side_of(target, aliases=False)
     one, other, lone, theirs = without_lone_buffers(one, other)
-    one, other = coarsened(one, other)
+    one, other = coarsened(gathered(one, other), other)
     found = outcome(matched(one, other), one, other, (source, target))
     found.unused += lone
     found.missing += theirs

@@ -17,6 +17,7 @@ from ckptconv.spec import DType, Manifest
 #: What a parameter is called inside of its module -> its role there.
 _ROLES = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "scale": "weight", "running_mean": "running_mean",
           "running_var": "running_var", "num_batches_tracked": "num_batches_tracked", "weight_g": "weight_g", "weight_v": "weight_v"}  # fmt: skip
+_WEIGHT_NORM = {"original0": "weight_g", "original1": "weight_v"}  #: as torch.nn.utils.parametrizations has it
 _KINDS = {"float": 0, "complex": 1, "int": 2, "uint": 2, "bool": 3}
 
 Signature = tuple[tuple[int, ...], ...]
@@ -36,6 +37,7 @@ class Unit:
     axis: int = 0
     count: int = 0
     turned: bool = False  #: stored `in x out`
+    same: bool = False  #: all of ``names`` hold the same
 
     @property
     def name(self) -> str:
@@ -43,7 +45,7 @@ class Unit:
 
     @property
     def joined(self) -> bool:
-        return bool(self.sizes or self.count)
+        return bool(self.sizes or self.count or self.same)
 
     @cached_property
     def form(self) -> tuple[int, ...]:
@@ -137,6 +139,10 @@ def _place(name: str) -> tuple[tuple[str, ...], str]:
     *path, leaf = name.split(".")
     if leaf in _ROLES and path:
         return tuple(path), _ROLES[leaf]
+    if path[-2:] == ["parametrizations", "weight"] and leaf in _WEIGHT_NORM:
+        return tuple(path[:-2]), _WEIGHT_NORM[leaf]
+    if path and leaf.startswith(("weight_", "bias_")):  # of a recurrent layer
+        return tuple(path), leaf
     head, _, tail = leaf.rpartition("_")
     if head and tail in ("weight", "bias"):
         return (*path, head), tail

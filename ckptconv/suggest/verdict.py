@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ckptconv.names import collapse
 from ckptconv.spec import Manifest
+from ckptconv.suggest.blocks import Family, families, inside, zones
 from ckptconv.suggest.changes import Outcome, is_buffer, is_head, is_token
-from ckptconv.suggest.matching import skeleton
 from ckptconv.suggest.units import Side, Unit
 from ckptconv.suggest.words import ADAPTERS, OPTIMIZER
 
@@ -24,40 +24,6 @@ class Cause:
     kind: str
     sentence: str
     templates: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Family:
-    """A list of parts alike: where it stands, and its members' tensors."""
-
-    path: tuple[str, ...]
-    members: Mapping[str, tuple[Unit, ...]] = field(hash=False)
-
-    @property
-    def text(self) -> str:
-        return collapse([".".join((*self.path, member)) for member in self.members])[0].text
-
-    def kind(self, member: str) -> frozenset[str]:
-        """The names in a member, without its own."""
-        depth = len(self.path) + 1
-        return frozenset(f"{'.'.join(unit.path[depth:])} {unit.role}" for unit in self.members[member])
-
-
-def families(side: Side) -> list[Family]:
-    """Lists of parts with parts of their own, and those of three and more members alike."""
-    lists: dict[tuple[tuple[str, ...], str], dict[str, list[Unit]]] = {}
-    for unit in side.units:
-        for at, part in enumerate(unit.path):
-            if any(letter.isdigit() for letter in part):
-                lists.setdefault((unit.path[:at], skeleton(part)), {}).setdefault(part, []).append(unit)
-    found = []
-    for (path, kind), members in lists.items():
-        family = Family(path, {part: tuple(units) for part, units in members.items()})
-        deep = any(len(unit.path) > len(path) + 1 for units in members.values() for unit in units)
-        kinds = Counter(family.kind(part) for part in members)
-        if len(members) > 1 and (deep or (kind == "#" and max(kinds.values()) > 2)):
-            found.append(family)
-    return found
 
 
 def judged(outcome: Outcome, source: Side, target: Side, manifests: tuple[Manifest, Manifest]) -> tuple[str, str, list[Cause]]:
@@ -97,6 +63,7 @@ def _faults(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
     ours, theirs = families(source), families(target)
     faults = _depths(ours, used, "source") + _depths(theirs, filled, "target")
     faults += _missing(outcome, target, theirs, filled)
+    faults += _crossed(outcome, zones(source, ours), zones(target, theirs))
     faults += _unused(outcome, source, ours, used)
     whole = sum(unit_size(unit) for unit in target.units if not is_head(unit))
     part = sum(unit_size(made.target) for made in outcome.made if not is_head(made.target))
@@ -129,18 +96,27 @@ def _depths(families_: Sequence[Family], used: set[str], side: str) -> list[Caus
 
 
 def _missing(outcome: Outcome, target: Side, theirs: Sequence[Family], filled: set[str]) -> list[Cause]:
-    inside = _members(theirs)
+    within = inside(theirs)
     last = max((unit.at for family in theirs for units in family.members.values() for unit in units if unit.name in filled), default=-1)
     found: dict[str, list[Unit]] = {}
     for unit in outcome.missing:
         if is_buffer(unit):
             continue
-        if unit.name in inside and not is_head(unit):
+        if unit.name in within and not is_head(unit):
             found.setdefault("parts of its blocks", []).append(unit)
         elif not (is_head(unit) or is_token(unit) or (target.ordered and last >= 0 and unit.at > last)):
             found.setdefault("parts", []).append(unit)
     return [Cause("missing", f"the target needs {_few(units)}: the source has no such {what.replace('parts of its', 'parts in its')}",
                   _templates(units)) for what, units in found.items()]  # fmt: skip
+
+
+def _crossed(outcome: Outcome, before: Mapping[tuple[str, ...], int], after: Mapping[tuple[str, ...], int]) -> list[Cause]:
+    """Norms that stand before the blocks on one side and after them on the other: the layers are in another order."""
+    units = [made.target for made in outcome.made if made.target.role == "weight" and len(made.target.form) == 2
+             and before.get(made.source.path, 0) * after.get(made.target.path, 0) < 0]  # fmt: skip
+    where = "after" if units and after[units[0].path] > 0 else "before"
+    return [Cause("order", f"the target has {_few(units)} {where} its blocks, and the source's only norm for it stands on their other side",
+                  _templates(units))] if units else []  # fmt: skip
 
 
 def _unused(outcome: Outcome, source: Side, ours: Sequence[Family], used: set[str]) -> list[Cause]:
@@ -149,28 +125,21 @@ def _unused(outcome: Outcome, source: Side, ours: Sequence[Family], used: set[st
     lost = {unit.name: unit for unit in outcome.unused if not is_buffer(unit)}
     for family in ours:
         in_use = [part for part, units in family.members.items() if any(unit.name in used for unit in units)]
-        depth = len(family.path) + 1
-        carried = Counter(
-            f"{'.'.join(unit.path[depth:])} {unit.role}" for part in in_use for unit in family.members[part] if unit.name in lost
-        )
+        carried = Counter(family.inside(unit) for part in in_use for unit in family.members[part] if unit.name in lost)
         common = [what for what, count in carried.items() if 2 * count > len(in_use) and len(in_use) > 1]
-        units = [unit for part in in_use for unit in family.members[part] if unit.name in lost and f"{'.'.join(unit.path[depth:])} {unit.role}" in common]
+        units = [unit for part in in_use for unit in family.members[part] if unit.name in lost and family.inside(unit) in common]
         if units:
             found.append(Cause("unused", f"the source's blocks have {_few(units)}, and the target's have no such parts", _templates(units)))
             break
     if found or not source.ordered:
         return found
-    inside = _members(ours)
-    blocks = [unit.at for unit in source.units if unit.name in inside and unit.name in used]
-    before = [unit for unit in lost.values() if blocks and unit.role in ("weight", "bias") and len(unit.form) == 2 and unit.name not in inside
+    within = inside(ours)
+    blocks = [unit.at for unit in source.units if unit.name in within and unit.name in used]
+    before = [unit for unit in lost.values() if blocks and unit.role in ("weight", "bias") and len(unit.form) == 2 and unit.name not in within
               and any(other.at < unit.at for other in source.units if other.name in used) and unit.at < min(blocks)]  # fmt: skip
     if before:
         found.append(Cause("unused", f"the source has {_few(before)} before its blocks, and the target has nothing there", _templates(before)))
     return found
-
-
-def _members(families_: Iterable[Family]) -> set[str]:
-    return {unit.name for family in families_ for units in family.members.values() for unit in units}
 
 
 # --- which variant it is ---------------------------------------------------------------------------------------------------------------
@@ -225,9 +194,9 @@ def _losses(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
             kind, sentence = sentences[made.change]
             axis = next(at for at in range(len(made.source.shape)) if made.source.shape[at] != made.target.shape[at])
             found.append(Cause(kind, sentence.format(made.target.name, f"{made.source.shape[axis]:,}", f"{made.target.shape[axis]:,}"), (made.target.name,)))
-    inside = _members(families(source))
+    within = inside(families(source))
     used = {part for made in outcome.made for part in _prefixes(made.source.path)}
-    dropped = [unit for unit in outcome.unused if not is_buffer(unit) and unit.name in inside and _block(unit) in used]
+    dropped = [unit for unit in outcome.unused if not is_buffer(unit) and unit.name in within and _block(unit) in used]
     if dropped:
         found.append(Cause("dropped", f"{_few(dropped)} inside of the source's blocks {_have(dropped)} no place in the target", _templates(dropped)))
     return found

@@ -24,8 +24,14 @@ _SPELLINGS = (
 )  # fmt: skip
 _SAME = {word: words.split()[-1] for words in _SPELLINGS for word in words.split()}
 #: Words that say nothing of what a module is, because nearly every model has them somewhere above everything.
-_EMPTY = frozenset({"model", "module", "net", "backbone", "the", "self", "block", "transformer", "encoder", "decoder", "to"})
+_EMPTY = frozenset({"model", "module", "net", "backbone", "the", "self", "block", "transformer", "to"})
 _SPLIT = {"layernorm": ("layernorm",), "feedforward": ("mlp",), "inproj": ("in", "proj"), "outproj": ("out", "proj")}
+
+#: Attention to another sequence is called in four ways.
+_PHRASES = (
+    ("feed forward", "mlp"), ("squeeze excitation", "squeeze"), ("encoder attn", "cross attn"), ("encdec attn", "cross attn"),
+    ("src attn", "cross attn"), ("multihead attn", "cross attn"),
+)  # fmt: skip
 
 #: Which of two alike comes first: `pre`, `input`, `before`; and what stands before or after another part is told by that part.
 _FIRST = frozenset({"before", "input", "in", "first", "expand", "start"})
@@ -56,7 +62,9 @@ def words(name: str) -> tuple[str, ...]:
         lower = piece.lower()
         if not lower.isdigit():
             found += [_SAME.get(each, each) for each in _SPLIT.get(lower, (lower,))]
-    joined = " ".join(found).replace("feed forward", "mlp").replace("squeeze excitation", "squeeze")
+    joined = " ".join(found)
+    for phrase, word in _PHRASES:
+        joined = joined.replace(phrase, word)
     return tuple(word for word in joined.split() if word not in _EMPTY)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from ckptconv.backplan import Written
 from ckptconv.backnames import Row, escaped
@@ -19,6 +20,7 @@ from ckptconv.ruleset.patterns import Pattern
 from ckptconv.ruletests import run_tests
 from ckptconv.ruletext import flow, specs, step_lines, test_lines
 from ckptconv.spec import Manifest
+from ckptconv.suggest.blocks import skeleton
 from ckptconv.suggest.changes import Made, Outcome, grids, is_buffer
 from ckptconv.suggest.joining import EVERY as LIST
 from ckptconv.suggest.naming import EVERY, Said, fanned, said
@@ -84,18 +86,25 @@ def _steps(outcome: Outcome, source: Manifest, target: Manifest, plain: bool) ->
     there = list(dict.fromkeys(marks.get(name, name).removeprefix(prefix) for name in source if name not in gone))
     joins: dict[tuple[str, str], list[Row]] = {}
     renames: list[Row] = []
+    unstacked: list[Row] = []
     for made in outcome.made:
         if made.change == "tie":
             continue
         if not made.source.joined and not made.target.joined:
             renames.append(Row((made.source.name.removeprefix(prefix),), (made.target.name,)))
         else:
-            joins.setdefault(_join_of(made), []).append(
-                Row(tuple(key.removeprefix(prefix) for key in _keys(made.source)), tuple(_keys(made.target)))
-            )
+            keys, values = tuple(key.removeprefix(prefix) for key in _keys(made.source)), tuple(_keys(made.target))
+            if made.target.count and (made.target.sizes or made.source.turned != made.target.turned):  # in two steps: cut, then unstacked
+                whole = tuple(value.replace(f".{EVERY}.", ".") for value in values)
+                unstacked += [Row((one,), (value,)) for one, value in zip(whole, values, strict=True)]
+                values = whole
+            joins.setdefault(_join_of(made), []).append(Row(keys, values))
     doubts = _doubts(outcome, prefix)
     for (op, form), rows in joins.items():
         steps += [_joined(op, form, each) for each in (_each(rows) if plain else said(rows, there))]
+    if unstacked:
+        there += [row.keys[0] for row in unstacked]
+        steps += [_joined("unstack", "[0, false, true]", each) for each in (_each(unstacked) if plain else said(unstacked, there))]
     changing = [row for row in renames if row.keys != row.values]
     if changing:
         after = [name for name in there if not any(name in row.keys for rows in joins.values() for row in rows)]
@@ -183,46 +192,26 @@ def swept(names: Sequence[str], universe: Sequence[str]) -> list[str]:
     >>> swept(["a.n", "b.n", "dec.0.w", "dec.1.w"], ["a.w", "a.n", "b.n", "dec.0.w", "dec.1.w"])
     ['**.n', 'dec.**']
     """
-    mine, others = set(names), [name for name in universe if name not in set(names)]
-    found: list[str] = []
-    left = list(names)
+    mine = set(names)
+    others = [name for name in universe if name not in mine]
+    kept_heads = {".".join(name.split(".")[:cut]) for name in others for cut in range(1, name.count(".") + 1)}
     kept_leaves = {name.rpartition(".")[2] for name in others}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        head = next((".".join(parts[:cut]) for cut in range(1, len(parts)) if ".".join(parts[:cut]) not in kept_heads), None)
+        groups.setdefault(f"{escaped(head)}.**" if head is not None and head not in mine and head not in others else "", []).append(name)
+    found = [text for text, group in groups.items() if text and len(group) > 1]
+    left = [name for text, group in groups.items() if not text or len(group) < 2 for name in group]
     leaves: dict[str, list[str]] = {}
     for name in left:
-        leaves.setdefault(name.rpartition(".")[2], []).append(name)
-    for leaf, group in leaves.items():
-        if leaf not in kept_leaves and len(group) > 1 and not leaf.isdigit() and len({name.count(".") for name in group} | {0}) > 1 and all("." in name for name in group):
-            whole = _subtree(group, others)
-            found.append(f"{escaped(whole)}.**" if whole and whole.count(".") < 2 and _subtree_is(whole, mine, universe) else f"**.{escaped(leaf)}")
-            left = [name for name in left if not Pattern.parse(found[-1]).match(name)]
-            if len(leaves) > 3 and found[-1].startswith("**"):
-                found.pop()
-                left = [name for name in names if all(Pattern.parse(text).match(name) is None for text in found)]
-    while left:
-        parts = left[0].split(".")
-        kept = {".".join(name.split(".")[:cut]) for name in others for cut in range(1, name.count(".") + 1)}
-        head = next((".".join(parts[:cut]) for cut in range(1, len(parts)) if ".".join(parts[:cut]) not in kept), None)
-        group = [name for name in left if head is not None and name.startswith(f"{head}.")]
-        if len(group) < 2 or head is None:
-            break
-        found.append(f"{escaped(head)}.**")
-        left = [name for name in left if name not in set(group)]
-    if left:
-        rest = [name for name in universe if all(Pattern.parse(text).match(name) is None for text in found)]
-        found += [each.keys[0] for each in said([Row((name,), ()) for name in left], rest)]
-    return list(dict.fromkeys(found))
-
-
-def _subtree(names: Sequence[str], others: Sequence[str]) -> str:
-    first = names[0].split(".")
-    cut = 0
-    while cut < len(first) - 1 and all(name.startswith(".".join(first[: cut + 1]) + ".") for name in names):
-        cut += 1
-    return ".".join(first[:cut])
-
-
-def _subtree_is(head: str, mine: set[str], universe: Iterable[str]) -> bool:
-    return all(name in mine for name in universe if name == head or name.startswith(f"{head}."))
+        head, _, leaf = name.rpartition(".")
+        leaves.setdefault(leaf if head and leaf not in kept_leaves and not leaf.isdigit() else "", []).append(name)
+    swept_leaves = [leaf for leaf, group in leaves.items() if leaf and len(group) > 1 and not any(leaf == each.rpartition(".")[2] for each in mine - set(group))]
+    found += [f"**.{escaped(leaf)}" for leaf in swept_leaves]
+    left = [name for leaf, group in leaves.items() if leaf not in swept_leaves for name in group]
+    rest = [name for name in universe if name not in mine or name in set(left)]
+    return found + [each.keys[0] for each in said([Row((name,), ()) for name in left], rest)]
 
 
 # --- what is joined, stacked, cut ------------------------------------------------------------------------------------------------------
@@ -248,8 +237,10 @@ def _marks(unit: Unit) -> dict[str, str]:
 def _join_of(made: Made) -> tuple[str, str]:
     """What is done to make one of the other: rows of one form become one step."""
     one, other = made.source, made.target
-    acts: list[dict[str, Any]] = []
+    acts: list[Any] = []
     shape = one.shape
+    if one.same:
+        acts.append("same")
     if one.count:
         acts.append({"stack": 0})
     if one.sizes:
@@ -260,18 +251,15 @@ def _join_of(made: Made) -> tuple[str, str]:
     if other.sizes:
         even = len(set(other.sizes)) == 1
         acts.append({"split": {"dim": other.axis, **({} if even else {"sizes": list(other.sizes)})}})
-    if other.count:
+    if other.count and not acts:
         acts.append({"unstack": 0})
-    words = [next(iter(act)) for act in acts]
-    return (words[0] if len(acts) == 1 else "convert"), flow([*acts, len(other.sizes), bool(one.count), bool(other.count)])
+    return (next(iter(acts[0])) if len(acts) == 1 and not one.same and not acts[0].get("rearrange") else "convert"), flow([*acts, len(other.sizes), bool(one.count), bool(other.count)])
 
 
 def _joined(op: str, form: str, each: Said) -> Written:
-    import yaml
-
     *acts, pieces, gathers, spreads = yaml.safe_load(form)
     taken = {name for text in each.keys for name in Pattern.parse(text.replace(EVERY, "0")).names}
-    froms = [text.replace(EVERY, f"{{{_OVER}:int}}") for text in fanned(each.keys, taken)]
+    froms = [text.replace(EVERY, f"{{{_OVER}:int}}") for text in (each.keys if gathers else fanned(each.keys, taken))]
     tos = [text.replace(EVERY, f"{{{_OVER}}}") for text in fanned(each.values, taken)]
     body: dict[str, Any] = {"from": froms if len(froms) > 1 else froms[0]}
     to: Any = tos if len(tos) > 1 else tos[0]
@@ -283,7 +271,7 @@ def _joined(op: str, form: str, each: Said) -> Written:
     if op in ("stack", "unstack"):
         return Written(op, {**body, "over": _OVER, "to": to})
     for act in acts:
-        if "split" in act and "sizes" not in act["split"]:
+        if act != "same" and "split" in act and "sizes" not in act["split"]:
             act["split"]["parts"] = pieces
     return Written("convert", {**body, **({"gather": _OVER} if gathers else {}), "to": to, "do": acts})
 
@@ -414,8 +402,6 @@ def _doubts(outcome: Outcome, prefix: str) -> list[str]:
 
 
 def _numberless(text: str) -> str:
-    from ckptconv.suggest.matching import skeleton
-
     return skeleton(text)
 
 
@@ -465,8 +451,6 @@ def _sample(rule: Rule, source: Manifest, steps: Sequence[Written]) -> list[str]
 
 def _two_of_each(names: Sequence[str]) -> list[str]:
     """Of names that differ in their last number only, those with 0 and 1: enough to see what is stacked."""
-    from ckptconv.suggest.matching import skeleton
-
     seen: dict[str, int] = {}
     kept = []
     for name in names:
@@ -486,4 +470,3 @@ def _texts(step: Written) -> list[str]:
     return [found] if isinstance(found, str) else list(found)
 
 
-__all__ = ["Rule", "Unwritten", "math", "rearrangement", "swept", "written"]
