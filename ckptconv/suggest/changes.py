@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from ckptconv.spec import Manifest
+from ckptconv.suggest.assigning import assigned
 from ckptconv.suggest.blocks import skeleton
 from ckptconv.suggest.matching import LEVELS, Matching
 from ckptconv.suggest.units import Module, Side, Unit
@@ -18,6 +19,7 @@ from ckptconv.suggest.words import BUFFERS, HEADS, TOKENS, likeness, words
 
 _MOST_CHANNELS = 16
 _MOST_PREFIX = 8
+_NEVER = 1e6
 
 
 @dataclass(frozen=True)
@@ -123,29 +125,29 @@ def _same_forms(found: Outcome) -> None:
 
 def _other_sizes(found: Outcome, source: Side, target: Side) -> None:
     ours, theirs = (Counter(skeleton(unit.name) for unit in side.units) for side in (source, target))
-    spare = [unit for unit in found.unused if not unit.joined and (ours[skeleton(unit.name)] == 1 or len(unit.shape) == 4)]
-    for unit in list(found.missing):
-        if unit.joined or (theirs[skeleton(unit.name)] > 1 and len(unit.shape) != 4) or unit not in found.missing:
+    spare = [unit for unit in found.unused if not (unit.count or unit.same) and (ours[skeleton(unit.name)] == 1 or len(unit.shape) == 4)]
+    open_ = [unit for unit in found.missing if not unit.joined and (theirs[skeleton(unit.name)] == 1 or len(unit.shape) == 4)]
+    for change in ("positions", "line", "channels", "rows"):
+        wanted = [unit for unit in open_ if any(_change(each, unit) == change for each in spare) and unit in found.missing]
+        rivals = [each for each in spare if each in found.unused and any(_change(each, unit) == change for unit in wanted)]
+        if not wanted or not rivals or (change == "channels" and len(wanted) > 1):
             continue
-        rivals = [each for each in spare if each in found.unused and _change(each, unit)]
-        if not rivals:
-            continue
-        alike = likeness([".".join(each.path) for each in rivals], [".".join(unit.path)])
-        order = sorted(range(len(rivals)), key=lambda at: -alike[at][0])
-        best = rivals[order[0]]
-        change = _change(best, unit)
-        if change == "rows" and not _is_vocabulary(best, unit, found):
-            last = target.ordered and unit.at > max((made.target.at for made in found.made), default=0)
-            if is_head(unit) or last:
-                _head(found, best, unit)
-        elif change == "rows" and not _near(best, unit):
-            continue
-        elif change == "channels" and len([each for each in found.missing if _change(best, each) == "channels"]) > 1:
-            continue
-        elif change:
-            rows = change == "rows" and unit.shape[0] <= best.shape[0]
-            level = "likely" if len(rivals) == 1 or alike[order[0]][0] > alike[order[1]][0] + 0.2 else "ambiguous"
-            found.add(best, unit, level, [rivals[at] for at in order[1:]], change, "rows are cut off" if rows else "its sizes are changed")
+        alike = likeness([".".join(each.path) for each in rivals], [".".join(unit.path) for unit in wanted])
+        costs = [[-alike[at][to] if _change(one, unit) == change else _NEVER for to, unit in enumerate(wanted)] for at, one in enumerate(rivals)]
+        for at, to in enumerate(assigned(costs)):
+            if to >= 0 and costs[at][to] < _NEVER and wanted[to] in found.missing:
+                others = [rival for place, rival in enumerate(rivals) if place != at and alike[place][to] > alike[at][to] - 0.2]
+                _resized(found, change, rivals[at], wanted[to], others, target)
+
+
+def _resized(found: Outcome, change: str, one: Unit, other: Unit, rivals: Sequence[Unit], target: Side) -> None:
+    if change == "rows" and not _is_vocabulary(one, other, found):
+        last = target.ordered and other.at > max((made.target.at for made in found.made), default=0)
+        if is_head(other) or last:
+            _head(found, one, other)
+    elif change != "rows" or _near(one, other):
+        cut = change == "rows" and other.shape[0] <= one.shape[0]
+        found.add(one, other, "ambiguous" if rivals else "likely", rivals, change, "rows are cut off" if cut else "its sizes are changed")
 
 
 def _change(one: Unit, other: Unit) -> str:
@@ -184,7 +186,8 @@ def grids(have: int, wanted: int) -> tuple[int, int, int] | None:
 def _is_vocabulary(one: Unit, other: Unit, found: Outcome) -> bool:
     """Rows of a vocabulary, not of classes: there is no bias, and it is called so, or two matrices have the same new number of rows."""
     biased = any(unit.path == other.path and unit.role == "bias" for unit in found.missing)
-    alike = [unit for unit in found.missing if unit.role == "weight" and unit.shape[:1] == other.shape[:1] and len(unit.shape) == 2]
+    open_ = [*found.missing, *(made.target for made in found.made if made.change == "rows")]
+    alike = [unit for unit in open_ if unit.role == "weight" and unit.shape[:1] == other.shape[:1] and len(unit.shape) == 2]
     named = {"embed", "vocab", "lm"} & {*words(one.name), *words(other.name)}
     return not biased and (bool(named) or len(alike) > 1)
 

@@ -17,6 +17,7 @@ from ckptconv.suggest.units import Module, Node, Side, Signature, tree_of
 from ckptconv.suggest.words import likeness, place
 
 LEVELS = ("certain", "likely", "ambiguous")
+_COMPANY = 6.0  #: against 1 for names and for order: what is there in the same blocks only is the same
 _MOST = 48  #: more of one kind under several names are paired in order
 
 
@@ -60,6 +61,7 @@ class Evidence:
     crossed: int = 0
     votes: Counter[tuple[str, str]] = field(default_factory=Counter)  #: of names within parts: how many parts paired the two
     voters: Counter[str] = field(default_factory=Counter)
+    together: Counter[tuple[str, str]] = field(default_factory=Counter)  #: how many parts have the two where they could be one
 
     @property
     def trust(self) -> float:
@@ -70,13 +72,20 @@ class Evidence:
 
     def vote(self, one: str, other: str) -> None:
         self.votes[one, other] += 1
-        self.voters[one] += 1
-        self.voters[other + " <"] += 1
+
+    def meet(self, ours: Iterable[str], theirs: Sequence[str]) -> None:
+        """Notes which names stand for equal contents in two parts that are paired."""
+        for one in set(ours):
+            self.voters[one] += 1
+            self.together.update((one, other) for other in set(theirs))
+        self.voters.update(f"{other} <" for other in set(theirs))
 
     def support(self, one: str, other: str) -> float:
-        """0 to 1: how much the other parts that have a choice or none speak for a pair."""
-        count = self.votes[one, other]
-        return count / (self.voters[one] + self.voters[other + " <"] - count) if count else 0.0
+        """What other parts say of a pair: that the two are always there together, or not at all; and how they were paired there."""
+        there, either = self.together[one, other], self.voters[one] + self.voters[other + " <"]
+        if not there:
+            return 0.0
+        return _COMPANY * there / (either - there) + self.votes[one, other] / either
 
     def learn(self, pairs: Sequence[tuple[int, int]]) -> None:
         ordered = sorted(pairs)[:40]
@@ -155,13 +164,17 @@ class _Solver:
                 found += self._modules(signature, left, right, ours, wanted)
         if self.learning:
             self.evidence.learn(anchors)
-            for each in found:
-                self.evidence.vote(_ending(left.modules[each.source]), _ending(right.modules[each.target]))
+            for each in found:  # as modules of their own, not as members of lists
+                self.evidence.vote(_ending(left.modules[each.source].path), _ending(right.modules[each.target].path))
+            for total, parts in mine.items():
+                self.evidence.meet(map(_last, parts), [_last(node) for node in theirs[total]])
+            for ours, wanted in rest.values():
+                self.evidence.meet([_ending(left.modules[at].path) for at in ours], [_ending(right.modules[at].path) for at in wanted])
         return found
 
     def _parts(self, ours: Sequence[Node], theirs: Sequence[Node]) -> list[tuple[Node, Node, int, tuple[Node, ...]]]:
         """Parts with equal contents in pairs, each with a level and the parts that it could be as well."""
-        voted = [[self.evidence.support(_ending(one.modules[0]), _ending(other.modules[0])) for other in theirs]
+        voted = [[self.evidence.support(_last(one), _last(other)) for other in theirs]
                  for one in ours] if len(ours) * len(theirs) > 1 and not self.learning else []  # fmt: skip
         pairs, levels, rivals = self._paired([node.name for node in ours], [node.name for node in theirs], voted, solid=True)
         return [(ours[at], theirs[to], levels[at], tuple(ours[other] for other in rivals[at])) for at, to in pairs]
@@ -179,7 +192,7 @@ class _Solver:
     def _extra(self, one: Module, other: Module, solid: bool) -> float:
         """What speaks for a pair besides names and order: other parts, and, for norms, the same side of the blocks."""
         side = 0 if solid else self.evidence.before.get(one.path, 0) * self.evidence.after.get(other.path, 0)
-        return (0.0 if self.learning else self.evidence.support(_ending(one), _ending(other))) - 2 * (side < 0)
+        return (0.0 if self.learning else self.evidence.support(_ending(one.path), _ending(other.path))) - 2 * (side < 0)
 
     def _paired(
         self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]], *, solid: bool
@@ -204,10 +217,35 @@ class _Solver:
         kinds, others = {skeleton(name) for name in ours}, {skeleton(name) for name in theirs}
         if even and len(kinds) == len(others) == 1:
             return [(at, at) for at in range(len(ours))], dict.fromkeys(range(len(ours)), 0), dict.fromkeys(range(len(ours)), ())
+        by_kind = self._kind_by_kind(ours, theirs, voted, solid)
+        if by_kind is not None:
+            return by_kind
         if len(ours) > _MOST or len(theirs) > _MOST:
             pairs = list(zip(range(len(ours)), range(len(theirs)), strict=False))
             return pairs, dict.fromkeys(range(len(ours)), 1 if even and self.evidence.trust > 0.5 else 2), dict.fromkeys(range(len(ours)), ())
         return self._weighed(ours, theirs, voted)
+
+    def _kind_by_kind(
+        self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]], solid: bool
+    ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]] | None:
+        """Lists against lists of as many members, member by member; None where their lengths are not the same on both sides."""
+        mine, wanted = _kinds(ours), _kinds(theirs)
+        sizes = Counter(map(len, mine))
+        if sizes != Counter(map(len, wanted)) or set(sizes) == {1}:
+            return None
+        pairs: list[tuple[int, int]] = []
+        levels: dict[int, int] = {}
+        rivals: dict[int, tuple[int, ...]] = {}
+        for size in sizes:
+            left, right = ([kind for kind in kinds if len(kind) == size] for kinds in (mine, wanted))
+            extra = [[voted[one[0]][other[0]] for other in right] for one in left] if voted else []
+            found = self._in_order([ours[one[0]] for one in left], [theirs[other[0]] for other in right], extra, solid=solid)
+            for at, to in found[0]:
+                for place, (one, other) in enumerate(zip(left[at], right[to], strict=True)):
+                    pairs.append((one, other))
+                    levels[one] = found[1][at]
+                    rivals[one] = tuple(left[rival][place] for rival in found[2][at])
+        return pairs, levels, rivals
 
     def _weighed(
         self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]]
@@ -284,6 +322,14 @@ def _places(names: Sequence[str]) -> list[int]:
     return found
 
 
+def _kinds(names: Sequence[str]) -> list[list[int]]:
+    """The places of names that differ in numbers only, together."""
+    found: dict[str, list[int]] = {}
+    for at, name in enumerate(names):
+        found.setdefault(skeleton(name), []).append(at)
+    return list(found.values())
+
+
 def _by_number(names: Sequence[str]) -> list[int]:
     """The places of the names, those that differ in numbers only exchanged so that these rise."""
     kinds: dict[str, list[int]] = {}
@@ -304,9 +350,13 @@ def _numbers(node: Node) -> dict[tuple[str, ...], int]:
     return {module.path: at for at, module in enumerate(node.modules)}
 
 
-def _ending(module: Module) -> str:
-    """What a module is called in the part around it."""
-    return ".".join(module.path[-2:])
+def _ending(path: tuple[str, ...]) -> str:
+    """What something is called in the part around it."""
+    return ".".join(path[-1:] if len(path) < 2 or path[-2].isdigit() else path[-2:])
+
+
+def _last(node: Node) -> str:
+    return node.path[-1] if node.path else ""
 
 
 def _relative(module: Module, node: Node) -> str:

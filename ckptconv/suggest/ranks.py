@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ckptconv.suggest.blocks import skeleton
 from ckptconv.suggest.units import Side, Unit
 
 SEPARATOR = "::"
@@ -26,11 +25,15 @@ def gathered(source: Side, target: Side) -> Side:
     ranks = max(map(len, groups.values()), default=0)
     if ranks < 2 or any(len({unit.shape for unit in units}) > 1 for units in groups.values()):
         return source
-    kinds: dict[tuple[str, str], list[list[Unit]]] = {}
+    kinds: dict[tuple[tuple[str, ...], str], list[list[Unit]]] = {}
     for (path, role), units in groups.items():
-        kinds.setdefault((skeleton(".".join(path)), role), []).append(units)
+        kinds.setdefault((_kind(path), role), []).append(units)
     axes = {key: _axis(group[0], target.forms) for key, group in kinds.items()}
-    return source.holding(_whole(path, units, axes[skeleton(".".join(path)), role]) for (path, role), units in groups.items())
+    return source.holding(_whole(path, units, axes[_kind(path), role]) for (path, role), units in groups.items())
+
+
+def _kind(path: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("#" if part.isdigit() else part for part in path)
 
 
 def _axis(units: Sequence[Unit], wanted: Counter[tuple[int, ...]]) -> int:

@@ -17,7 +17,7 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SPELLINGS = (
     "attention attn", "ffn mlp", "query wq q", "key wk k", "value wv v", "wo o", "layernorm ln norm", "bn norm", "batchnorm norm",
     "normalization norm", "convolution conv", "projection proj", "position pos", "positional pos", "class cls", "embeddings embed", "embedding embed",
-    "tok token", "tokens token", "wte token", "word token", "wpe pos", "classifier head", "fc linear", "lin linear", "dense linear",
+    "tok token", "tokens token", "wte token", "word token", "wpe pos", "classifier head", "unembed head", "fc linear", "lin linear", "dense linear",
     "downsample shortcut", "skip shortcut", "dist distillation", "dw depthwise", "sa attn", "ls scale", "lambda scale", "gamma scale",
     "layer block", "layers block", "blocks block", "h block", "groups stage", "levels stage", "stages stage", "reg register", "registers register",
     "se squeeze", "squeezeexcitation squeeze", "attn_mask mask",
@@ -30,7 +30,7 @@ _SPLIT = {"layernorm": ("layernorm",), "feedforward": ("mlp",), "inproj": ("in",
 #: Attention to another sequence is called in four ways.
 _PHRASES = (
     ("feed forward", "mlp"), ("squeeze excitation", "squeeze"), ("encoder attn", "cross attn"), ("encdec attn", "cross attn"),
-    ("src attn", "cross attn"), ("multihead attn", "cross attn"),
+    ("output layer", "head"), ("lm head", "head"), ("src attn", "cross attn"), ("multihead attn", "cross attn"),
 )  # fmt: skip
 
 #: Which of two alike comes first: `pre`, `input`, `before`; and what stands before or after another part is told by that part.

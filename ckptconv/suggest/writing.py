@@ -192,6 +192,8 @@ def swept(names: Sequence[str], universe: Sequence[str]) -> list[str]:
     >>> swept(["a.n", "b.n", "dec.0.w", "dec.1.w"], ["a.w", "a.n", "b.n", "dec.0.w", "dec.1.w"])
     ['**.n', 'dec.**']
     """
+    if any("::" in name for name in names):  # of ranks: `**` does not reach across
+        return [each.keys[0] for each in said([Row((name,), ()) for name in names], universe)]
     mine = set(names)
     others = [name for name in universe if name not in mine]
     kept_heads = {".".join(name.split(".")[:cut]) for name in others for cut in range(1, name.count(".") + 1)}
@@ -245,7 +247,7 @@ def _join_of(made: Made) -> tuple[str, str]:
         acts.append({"stack": 0})
     if one.sizes:
         acts.append({"concat": one.axis})
-    pattern = rearrangement(shape, other.shape, one.turned != other.turned)
+    pattern = "" if made.change else rearrangement(shape, other.shape, one.turned != other.turned)
     if pattern:
         acts.append({"rearrange": pattern})
     if other.sizes:
@@ -303,7 +305,7 @@ def _in_place(outcome: Outcome, target: Manifest) -> list[Written]:
     bodies: dict[tuple[str, str], tuple[dict[str, Any], str]] = {}
     for made in outcome.made:
         one, other = made.source, made.target
-        if one.joined or other.joined or made.change == "tie":
+        if ((one.joined or other.joined) and not made.change) or made.change == "tie":
             continue
         for op, body, why in _changes(made):
             key = op, flow(body)
