@@ -119,7 +119,9 @@ def _fused(side: Side, other: Side) -> tuple[Side, Side]:
     flipped: set[Form] = set()
     alike = Counter(_kind(parent, family) for (parent, _), family in families.items())
     begun: Counter[tuple[object, Form]] = Counter()
-    for (parent, _), family in families.items():
+    matrices: set[tuple[tuple[str, ...], ...]] = set()  # of what: biases are joined where their matrices are, and norms never
+    owners = {unit.path for unit in side.units if len(unit.form) > 2}
+    for (parent, _), family in sorted(families.items(), key=lambda item: max(len(unit.form) for unit in item[1]) < 3):
         kind = _kind(parent, family)
         key = tuple((unit.path[-1], unit.form) for unit in family)
         if key not in known:
@@ -130,12 +132,16 @@ def _fused(side: Side, other: Side) -> tuple[Side, Side]:
             # What most members of a list need, all of them get: one tensor of that shape may be another's.
             if taken & set(join.members) or (wanted[form] <= 0 and 2 * begun[kind, form] < alike[kind]):
                 continue
+            pieces = [family[at] for at in join.members]
+            paths = tuple(piece.path for piece in pieces)
+            if len(form) < 3 and paths not in matrices and any(path in owners or pieces[0].role for path in paths):
+                continue
+            matrices.add(paths)
             wanted[form] -= 1
             begun[kind, form] += 1
             taken.update(join.members)
             if form != join.form:
                 flipped.add(form)
-            pieces = [family[at] for at in join.members]
             joined[pieces[0].names] = _one(pieces, parent, join.axis)
     gone = {name for unit in joined.values() for name in unit.names}
     side = side.holding(joined.get(unit.names, unit) for unit in side.units if unit.names in joined or unit.name not in gone)
