@@ -24,7 +24,8 @@ from ckptconv.ruleset import builtin
 from ckptconv.spec import Manifest
 from ckptconv.stage.opening import open_source
 
-TUNED = frozenset({"vit", "deit", "swin", "resnet", "llama", "moe", "gpt2"})  #: the suggester may be built on these; all else is held out
+#: The suggester may be built on these; all else is held out.
+TUNED = frozenset({"vit", "deit", "swin", "resnet", "llama", "moe", "gpt2", "regnet", "siglip", "dinov2"})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
 
-from ckptconv.spec import Manifest
 from ckptconv.suggest.assigning import assigned
 from ckptconv.suggest.blocks import skeleton
 from ckptconv.suggest.matching import LEVELS, Matching
@@ -30,8 +29,14 @@ class Made:
     target: Unit
     level: str
     others: tuple[Unit, ...] = ()
-    change: str = ""  #: rows, positions, line, channels; tie
+    change: str = ""  #: rows, prefix, positions, line, channels; tie
     why: str = ""  #: why it is not certain
+    added: tuple[Unit, ...] = ()  #: what is added to it: its position, where the target's positions have none for it
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors of the source that it is made of."""
+        return (*self.source.names, *(name for unit in self.added for name in unit.names))
 
 
 @dataclass
@@ -70,7 +75,7 @@ def is_buffer(unit: Unit) -> bool:
     return unit.dtype.kind in ("int", "uint", "bool") or _leaf(unit) in BUFFERS or mask
 
 
-def outcome(matching: Matching, source: Side, target: Side, manifests: tuple[Manifest, Manifest]) -> Outcome:
+def outcome(matching: Matching, source: Side, target: Side) -> Outcome:
     """Tensor by tensor, with what the modules that are left over could be."""
     found = Outcome()
     for pair in matching.pairs:
@@ -82,7 +87,8 @@ def outcome(matching: Matching, source: Side, target: Side, manifests: tuple[Man
     _same_forms(found)
     _other_sizes(found, source, target)
     _ties(found)
-    found.made = [_judged(made, found, manifests) for made in found.made]
+    _positions_of_tokens(found)
+    found.made = [_judged(made, found) for made in found.made]
     return found
 
 
@@ -127,7 +133,7 @@ def _other_sizes(found: Outcome, source: Side, target: Side) -> None:
     ours, theirs = (Counter(skeleton(unit.name) for unit in side.units) for side in (source, target))
     spare = [unit for unit in found.unused if not (unit.count or unit.same) and (ours[skeleton(unit.name)] == 1 or len(unit.shape) == 4)]
     open_ = [unit for unit in found.missing if not unit.joined and (theirs[skeleton(unit.name)] == 1 or len(unit.shape) == 4)]
-    for change in ("positions", "line", "channels", "rows"):
+    for change in ("prefix", "positions", "line", "channels", "rows"):
         wanted = [unit for unit in open_ if any(_change(each, unit) == change for each in spare) and unit in found.missing]
         rivals = [each for each in spare if each in found.unused and any(_change(each, unit) == change for unit in wanted)]
         if not wanted or not rivals or (change == "channels" and len(wanted) > 1):
@@ -161,6 +167,9 @@ def _change(one: Unit, other: Unit) -> str:
     if len(mine) != 2 or len(theirs) != 2 or mine[1] != theirs[1] or mine[0] == theirs[0] or len(one.shape) != len(other.shape):
         return ""
     if "pos" in words(one.name) or "pos" in words(other.name):
+        fewer = mine[0] - theirs[0]
+        if 0 < fewer < _MOST_PREFIX and isqrt(theirs[0]) ** 2 == theirs[0]:
+            return "prefix"
         return "positions" if grids(mine[0], theirs[0]) else "line"
     return "rows" if len(one.shape) == 2 and one.role == other.role == "weight" else ""
 
@@ -219,13 +228,25 @@ def _ties(found: Outcome) -> None:
             found.add(same[0].source, unit, "ambiguous", (), "tie", why)
 
 
+def _positions_of_tokens(found: Outcome) -> None:
+    """Where the source has one position more than a square grid, it is the class token's: a model without it wants the two added."""
+    cut = [made for made in found.made if made.change == "prefix"]
+    tokens = [at for at, made in enumerate(found.made) if is_token(made.target) and "cls" in words(made.target.name)]
+    if len(cut) == len(tokens) == 1 and sum(cut[0].source.shape) - sum(cut[0].target.shape) == 1:
+        made = found.made[tokens[0]]
+        if made.source.shape == made.target.shape == tuple(1 if one != other else one for one, other in
+                                                           zip(cut[0].source.shape, cut[0].target.shape, strict=True)):  # fmt: skip
+            why = "the source's position for it is added, because the target's positions have none"
+            found.made[tokens[0]] = replace(made, added=(cut[0].source,), level="ambiguous", why=why)
+
+
 # --- how sure ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _judged(made: Made, found: Outcome, manifests: tuple[Manifest, Manifest]) -> Made:
+def _judged(made: Made, found: Outcome) -> Made:
     """The pair with what shapes cannot tell of its values: rows in another order, a square matrix turned or not."""
     for holds, level, why in _DOUBTS:
-        if LEVELS.index(made.level) < LEVELS.index(level) and holds(made, found, manifests):
+        if LEVELS.index(made.level) < LEVELS.index(level) and holds(made, found):
             made = replace(made, level=level, why=made.why or why)
     return made
 
@@ -237,35 +258,40 @@ def _renamed(made: Made) -> bool:
     return one[-shorter:] != other[-shorter:]
 
 
-def _is_fused(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+def _is_unsure(made: Made, found: Outcome) -> bool:
+    return made.source.unsure or made.target.unsure
+
+
+def _is_fused(made: Made, found: Outcome) -> bool:
     return bool(made.source.sizes or made.target.sizes)
 
 
-def _is_rotated(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+def _is_rotated(made: Made, found: Outcome) -> bool:
     said = set(words(made.target.path[-1])) | set(words(made.source.path[-1]))
     if not said & {"q", "k", "qkv"} or not _renamed(made) or "norm" in said:
         return False
     return not any("pos" in words(each.target.name) and len(each.target.form) > 2 for each in found.made)
 
 
-def _is_qkv(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+def _is_qkv(made: Made, found: Outcome) -> bool:
     one, other = made.source, made.target
     if made.source.joined or not _renamed(made) or len(one.form) != 3:
         return False
     return one.form[1] == 3 * one.form[2] and "attn" in words(other.name) and one.path[-1] != other.path[-1]
 
 
-def _is_square(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
+def _is_square(made: Made, found: Outcome) -> bool:
     one, other = made.source, made.target
     square = len(one.form) == 3 and one.form[1] == one.form[2]
     return square and (one.turned != other.turned or bool(one.role) != bool(other.role))
 
 
-def _is_token(made: Made, found: Outcome, _: tuple[Manifest, Manifest]) -> bool:
-    return len(made.target.form) == 2 and not made.target.role and any(each.change in ("positions", "line") for each in found.made)
+def _is_token(made: Made, found: Outcome) -> bool:
+    return len(made.target.form) == 2 and not made.target.role and any(each.change in ("prefix", "positions", "line") for each in found.made)
 
 
-_DOUBTS: tuple[tuple[Callable[[Made, Outcome, tuple[Manifest, Manifest]], bool], str, str], ...] = (
+_DOUBTS: tuple[tuple[Callable[[Made, Outcome], bool], str, str], ...] = (
+    (_is_unsure, "ambiguous", "another of its siblings has the shape as well, and no name tells which is part of the joined tensor"),
     (_is_fused, "likely", "the order of rows in the joined tensor is taken to be piece after piece"),
     (_is_rotated, "likely", "rotary implementations order the rows of a head differently"),
     (_is_qkv, "likely", "the order of rows in the joined tensor is taken to be the same"),

@@ -117,6 +117,7 @@ def _fused(side: Side, other: Side) -> tuple[Side, Side]:
     known: dict[tuple[tuple[str, Form], ...], list[_Join]] = {}
     joined: dict[tuple[str, ...], Unit] = {}
     flipped: set[Form] = set()
+    unsure: set[tuple[str, ...]] = set()
     alike = Counter(_kind(parent, family) for (parent, _), family in families.items())
     begun: Counter[tuple[object, Form]] = Counter()
     matrices: set[tuple[tuple[str, ...], ...]] = set()  # of what: biases are joined where their matrices are, and norms never
@@ -140,11 +141,15 @@ def _fused(side: Side, other: Side) -> tuple[Side, Side]:
             wanted[form] -= 1
             begun[kind, form] += 1
             taken.update(join.members)
+            if not join.rank[0] and any(each.form == join.form and each.members != join.members for each in known[key]):
+                forms = {piece.form for piece in pieces}
+                unsure.update(unit.names for unit in family if unit.form in forms)
             if form != join.form:
                 flipped.add(form)
             joined[pieces[0].names] = _one(pieces, parent, join.axis)
     gone = {name for unit in joined.values() for name in unit.names}
-    side = side.holding(joined.get(unit.names, unit) for unit in side.units if unit.names in joined or unit.name not in gone)
+    kept = [joined.get(unit.names, unit) for unit in side.units if unit.names in joined or unit.name not in gone]
+    side = side.holding(replace(unit, unsure=True) if unit.names in unsure else unit for unit in kept)
     return side, other.holding(replace(unit, turned=True) if unit.form in flipped else unit for unit in other.units)
 
 

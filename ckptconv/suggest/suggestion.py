@@ -61,10 +61,10 @@ def suggest(
     one, other = side_of(source, aliases=not target.ties), side_of(target, aliases=False)
     one, other, lone, theirs = without_lone_buffers(one, other)
     one, other = coarsened(gathered(one, other), other)
-    found = outcome(matched(one, other), one, other, (source, target))
+    found = outcome(matched(one, other), one, other)
     found.unused += lone
     found.missing += theirs
-    verdict, reason, causes = judged(found, one, other, (source, target))
+    verdict, reason, causes = judged(found, one, other)
     rule: Rule | None = None
     if verdict != NOT:
         try:
@@ -104,7 +104,7 @@ def _fault(plan: Plan, found: Outcome, rule: Rule, target: Manifest) -> str:
     made = {output.name: set(reads(output.expr)) for output in plan.outputs}
     aliases = plan.source.aliases
     for each in found.made:
-        wanted = {aliases.get(one, one) for one in each.source.names}
+        wanted = {aliases.get(one, one) for one in each.names}
         for one in each.target.names:
             if {aliases.get(other, other) for other in made.get(one, ())} != wanted:
                 return f"{one} would be made of {sorted(made.get(one, ()))[:3]}, not of {sorted(wanted)[:3]}"
@@ -119,7 +119,7 @@ def _suggestion(
     alternatives: dict[str, tuple[str, ...]] = {}
     for made in found.made:
         for each in made.target.names:
-            mapping[each] = made.source.names, _how(made.source, made.target, made.change)
+            mapping[each] = made.names, _how(made.source, made.target, made.change)
             confidence[each] = made.level
             if made.others:
                 alternatives[each] = tuple(other.name for other in made.others)

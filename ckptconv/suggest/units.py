@@ -37,6 +37,7 @@ class Unit:
     axis: int = 0
     count: int = 0
     turned: bool = False  #: stored `in x out`
+    unsure: bool = False  #: another of its siblings could stand in its place
     same: bool = False  #: all of ``names`` hold the same
 
     @property

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptconv.names import collapse
-from ckptconv.spec import Manifest
 from ckptconv.suggest.blocks import Family, families, inside, zones
 from ckptconv.suggest.changes import Outcome, is_buffer, is_head, is_token
 from ckptconv.suggest.units import Side, Unit
@@ -26,7 +25,7 @@ class Cause:
     templates: tuple[str, ...] = ()
 
 
-def judged(outcome: Outcome, source: Side, target: Side, manifests: tuple[Manifest, Manifest]) -> tuple[str, str, list[Cause]]:
+def judged(outcome: Outcome, source: Side, target: Side) -> tuple[str, str, list[Cause]]:
     """The verdict, its reason, and what was found on the way."""
     why_not = _no_weights(source)
     if why_not:
@@ -186,6 +185,7 @@ def _losses(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
     sentences = {
         "rows": ("vocabulary", "{} has {} rows in the source and {} in the target"),
         "positions": ("positions", "{} is for {} positions in the source and {} in the target"),
+        "prefix": ("positions", "{} is for {} positions in the source and {} in the target"),
         "line": ("positions", "{} is for {} positions in the source and {} in the target"),
         "channels": ("channels", "{} takes {} channels in the source and {} in the target"),
     }

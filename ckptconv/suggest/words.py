@@ -37,6 +37,7 @@ _PHRASES = (
 _FIRST = frozenset({"before", "input", "in", "first", "expand", "start"})
 _SECOND = frozenset({"after", "output", "out", "second", "reduce", "final", "end"})
 QUERY_KEY_VALUE = ("q", "k", "v")
+_LETTERS = frozenset(QUERY_KEY_VALUE)
 
 #: Tensors that libraries make themselves and sometimes save: masks, indices, counters, frequencies.
 BUFFERS = frozenset({
@@ -110,13 +111,13 @@ def _overlap(one: Counter[str], other: Counter[str], weight: dict[str, float]) -
 
 
 def says_all(names: Iterable[str], wanted: Sequence[str]) -> list[int] | None:
-    """Which of ``names`` carries which of the ``wanted`` words, in their order, where every one is carried by exactly one name.
+    """``names`` in the order of the ``wanted`` letters, where each is carried by exactly one of them; else None.
 
-    >>> says_all(["attn.v_proj", "attn.query", "attn.key"], ("q", "k", "v"))
-    [1, 2, 0]
+    >>> says_all(["attn.v_proj", "attn.query", "attn.key"], ("q", "k", "v")), says_all(["kv", "q"], ("q", "k", "v"))
+    ([1, 2, 0], [1, 0])
     """
-    carried = [set(words(name.rpartition(".")[2])) & set(wanted) for name in names]
-    if len(carried) != len(wanted) or any(len(each) != 1 for each in carried):
+    carried = [set("".join(word for word in words(name.rpartition(".")[2]) if set(word) <= _LETTERS)) for name in names]
+    said = [letter for each in carried for letter in each]
+    if not all(carried) or len(said) != len(wanted) or set(said) != set(wanted):
         return None
-    at = {next(iter(each)): place_ for place_, each in enumerate(carried)}
-    return [at[word] for word in wanted] if len(at) == len(wanted) else None
+    return sorted(range(len(carried)), key=lambda at: min(wanted.index(letter) for letter in carried[at]))

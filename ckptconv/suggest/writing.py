@@ -307,6 +307,8 @@ def _in_place(outcome: Outcome, target: Manifest) -> list[Written]:
         one, other = made.source, made.target
         if ((one.joined or other.joined) and not made.change) or made.change == "tie":
             continue
+        if made.change == "prefix":
+            continue
         for op, body, why in _changes(made):
             key = op, flow(body)
             found.setdefault(key, []).append(other.name)
@@ -316,7 +318,21 @@ def _in_place(outcome: Outcome, target: Manifest) -> list[Written]:
         body, why = bodies[op, text]
         keys = [each.keys[0] for each in said([Row((name,), ()) for name in names], target.tensors)]
         steps.append(Written(op, {"keys": keys if len(keys) > 1 else keys[0], **body}, why))
-    return steps
+    return steps + [step for made in outcome.made if made.change == "prefix" for step in _without_prefix(made, outcome)]
+
+
+def _without_prefix(made: Made, outcome: Outcome) -> list[Written]:
+    """The first positions cut off; added to the token that they are of, where there is one."""
+    one, name = made.source, made.target.name
+    axis = next(at for at in range(len(one.shape)) if one.shape[at] != made.target.shape[at])
+    sizes = [one.shape[axis] - made.target.shape[axis], made.target.shape[axis]]
+    rest = f"{name}_of_tokens"
+    steps = [Written("split", {"from": name, "to": [rest, name], "dim": axis, "sizes": sizes})]
+    tokens = [each.target.name for each in outcome.made if each.added]
+    if not tokens:
+        return [*steps, Written("drop", {"keys": rest, "reason": "the target has no positions for tokens"})]
+    body = {"from": {"token": tokens[0], "position": rest}, "to": tokens[0], "formula": "token + position"}
+    return [*steps, Written("combine", body, "the target adds no position to its token")]
 
 
 def _changes(made: Made) -> Iterable[tuple[str, dict[str, Any], str]]:
