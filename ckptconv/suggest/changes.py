@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import isqrt
 
 from ckptconv.suggest.assigning import assigned
@@ -47,6 +48,11 @@ class Outcome:
     unused: list[Unit] = field(default_factory=list)  #: of the source
     missing: list[Unit] = field(default_factory=list)  #: of the target
     heads: list[tuple[Unit, Unit]] = field(default_factory=list)  #: of another size: dropped here, random there
+
+    @cached_property
+    def has_positions(self) -> bool:
+        """Whether there is a table of positions among what is made: then nothing is rotated."""
+        return any(len(made.target.form) > 2 and "pos" in words(made.target.name) for made in self.made)
 
     def add(self, source: Unit, target: Unit, level: str, others: Sequence[Unit] = (), change: str = "", why: str = "") -> None:
         self.made.append(Made(source, target, level, tuple(others), change, why))
@@ -270,7 +276,7 @@ def _is_rotated(made: Made, found: Outcome) -> bool:
     said = set(words(made.target.path[-1])) | set(words(made.source.path[-1]))
     if not said & {"q", "k", "qkv"} or not _renamed(made) or "norm" in said:
         return False
-    return not any("pos" in words(each.target.name) and len(each.target.form) > 2 for each in found.made)
+    return not found.has_positions
 
 
 def _is_qkv(made: Made, found: Outcome) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ckptconv.names import natural_key
 from ckptconv.suggest.assigning import assigned
@@ -18,6 +19,8 @@ from ckptconv.suggest.words import likeness, place
 
 LEVELS = ("certain", "likely", "ambiguous")
 _COMPANY = 6.0  #: against 1 for names and for order: what is there in the same blocks only is the same
+_TOLD = 4.0  #: a gain that only hints or values give
+_Table = Sequence[Sequence[float]]
 _MOST = 48  #: more of one kind under several names are paired in order
 
 
@@ -50,6 +53,14 @@ class Matching:
     target_rest: tuple[Module, ...]
 
 
+class Beyond(Protocol):
+    """What is known besides names and shapes."""
+
+    def of_names(self, one: str, other: str) -> float: ...
+
+    def of_values(self, ours: Sequence[Module], theirs: Sequence[Module]) -> float: ...
+
+
 @dataclass
 class Evidence:
     """How far the order of registration is to be trusted, learnt from pairs that nothing else could be."""
@@ -57,6 +68,7 @@ class Evidence:
     ordered: bool
     before: Mapping[tuple[str, ...], int]  #: of the source's modules outside of its blocks: on which side of them
     after: Mapping[tuple[str, ...], int]
+    told: Beyond | None = None
     same: int = 0
     crossed: int = 0
     votes: Counter[tuple[str, str]] = field(default_factory=Counter)  #: of names within parts: how many parts paired the two
@@ -96,11 +108,11 @@ class Evidence:
                     self.crossed += other < one
 
 
-def matched(source: Side, target: Side) -> Matching:
+def matched(source: Side, target: Side, told: Beyond | None = None) -> Matching:
     """The pairs of two coarsened sides."""
     common = {module.signature for module in source.modules} & {module.signature for module in target.modules}
     left, right = tree_of(_only(source, common)), tree_of(_only(target, common))
-    evidence = Evidence(source.ordered and target.ordered, zones(source, families(source)), zones(target, families(target)))
+    evidence = Evidence(source.ordered and target.ordered, zones(source, families(source)), zones(target, families(target)), told)
     _Solver(evidence, learning=True).solve(left, right)
     found = _Solver(evidence).solve(left, right)
     pairs = tuple(
@@ -116,9 +128,6 @@ def matched(source: Side, target: Side) -> Matching:
 
 def _only(side: Side, signatures: set[Signature]) -> Side:
     return side.holding(unit for module in side.modules if module.signature in signatures for unit in module.units)
-
-
-_Table = Sequence[Sequence[float]]
 
 
 @dataclass
@@ -174,9 +183,11 @@ class _Solver:
 
     def _parts(self, ours: Sequence[Node], theirs: Sequence[Node]) -> list[tuple[Node, Node, int, tuple[Node, ...]]]:
         """Parts with equal contents in pairs, each with a level and the parts that it could be as well."""
-        voted = [[self.evidence.support(_last(one), _last(other)) for other in theirs]
-                 for one in ours] if len(ours) * len(theirs) > 1 and not self.learning else []  # fmt: skip
-        pairs, levels, rivals = self._paired([node.name for node in ours], [node.name for node in theirs], voted, solid=True)
+        voted: list[list[float]] = []
+        if len(ours) * len(theirs) > 1 and not self.learning:
+            voted = [[self.evidence.support(_last(one), _last(other)) for other in theirs] for one in ours]
+        known = self._known_of([(node.name, node.modules) for node in ours], [(node.name, node.modules) for node in theirs])
+        pairs, levels, rivals = self._paired([node.name for node in ours], [node.name for node in theirs], voted, known, solid=True)
         return [(ours[at], theirs[to], levels[at], tuple(ours[other] for other in rivals[at])) for at, to in pairs]
 
     def _modules(self, signature: Signature, left: Node, right: Node, ours: Sequence[int], theirs: Sequence[int]) -> list[Found]:
@@ -186,8 +197,19 @@ class _Solver:
         voted: list[list[float]] = []
         if len(ours) * len(theirs) > 1:
             voted = [[self._extra(left.modules[at], right.modules[to], solid) for to in theirs] for at in ours]
-        pairs, levels, rivals = self._paired(names, wanted, voted, solid=solid)
+        known = self._known_of([(left.modules[at].name, [left.modules[at]]) for at in ours], [(right.modules[to].name, [right.modules[to]]) for to in theirs])
+        pairs, levels, rivals = self._paired(names, wanted, voted, known, solid=solid)
         return [Found(ours[at], theirs[to], levels[at], tuple(ours[other] for other in rivals[at])) for at, to in pairs]
+
+    def _known_of(
+        self, ours: Sequence[tuple[str, Sequence[Module]]], theirs: Sequence[tuple[str, Sequence[Module]]]
+    ) -> list[list[float]]:
+        """What hints and values say of every pair; empty where they say nothing."""
+        told = self.evidence.told
+        if told is None or len(ours) * len(theirs) < 2:
+            return []
+        said = [[told.of_names(one, other) + told.of_values(mine, wanted) for other, wanted in theirs] for one, mine in ours]
+        return said if any(each for row in said for each in row) else []
 
     def _extra(self, one: Module, other: Module, solid: bool) -> float:
         """What speaks for a pair besides names and order: other parts, and, for norms, the same side of the blocks."""
@@ -195,12 +217,12 @@ class _Solver:
         return (0.0 if self.learning else self.evidence.support(_ending(one.path), _ending(other.path))) - 2 * (side < 0)
 
     def _paired(
-        self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]], *, solid: bool
+        self, ours: Sequence[str], theirs: Sequence[str], voted: _Table, known: _Table, *, solid: bool
     ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
         """Pairs of things that are equal but for their names, listed in order; of a list, the lower number first, whatever the order says."""
         first, second = _by_number(ours), _by_number(theirs)
-        voted = [[voted[at][to] for to in second] for at in first] if voted else []
-        pairs, levels, rivals = self._in_order([ours[at] for at in first], [theirs[to] for to in second], voted, solid=solid)
+        voted, known = ([[table[at][to] for to in second] for at in first] if table else [] for table in (voted, known))
+        pairs, levels, rivals = self._in_order([ours[at] for at in first], [theirs[to] for to in second], voted, known, solid=solid)
         return (
             [(first[at], second[to]) for at, to in pairs],
             {first[at]: level for at, level in levels.items()},
@@ -208,25 +230,25 @@ class _Solver:
         )
 
     def _in_order(
-        self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]], *, solid: bool
+        self, ours: Sequence[str], theirs: Sequence[str], voted: _Table, known: _Table, *, solid: bool
     ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
         even = len(ours) == len(theirs)
         if len(ours) == len(theirs) == 1:
             alike = solid or likeness(ours, theirs)[0][0] > 0
             return [(0, 0)], {0: 0 if alike else 1}, {0: ()}
         kinds, others = {skeleton(name) for name in ours}, {skeleton(name) for name in theirs}
-        if even and len(kinds) == len(others) == 1:
+        if even and len(kinds) == len(others) == 1 and not known:
             return [(at, at) for at in range(len(ours))], dict.fromkeys(range(len(ours)), 0), dict.fromkeys(range(len(ours)), ())
-        by_kind = self._kind_by_kind(ours, theirs, voted, solid)
+        by_kind = self._kind_by_kind(ours, theirs, voted, known, solid)
         if by_kind is not None:
             return by_kind
         if len(ours) > _MOST or len(theirs) > _MOST:
             pairs = list(zip(range(len(ours)), range(len(theirs)), strict=False))
             return pairs, dict.fromkeys(range(len(ours)), 1 if even and self.evidence.trust > 0.5 else 2), dict.fromkeys(range(len(ours)), ())
-        return self._weighed(ours, theirs, voted)
+        return self._weighed(ours, theirs, voted, known)
 
     def _kind_by_kind(
-        self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]], solid: bool
+        self, ours: Sequence[str], theirs: Sequence[str], voted: _Table, known: _Table, solid: bool
     ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]] | None:
         """Lists against lists of as many members, member by member; None where their lengths are not the same on both sides."""
         mine, wanted = _kinds(ours), _kinds(theirs)
@@ -238,8 +260,8 @@ class _Solver:
         rivals: dict[int, tuple[int, ...]] = {}
         for size in sizes:
             left, right = ([kind for kind in kinds if len(kind) == size] for kinds in (mine, wanted))
-            extra = [[voted[one[0]][other[0]] for other in right] for one in left] if voted else []
-            found = self._in_order([ours[one[0]] for one in left], [theirs[other[0]] for other in right], extra, solid=solid)
+            extra, sure = ([[table[one[0]][other[0]] for other in right] for one in left] if table else [] for table in (voted, known))
+            found = self._in_order([ours[one[0]] for one in left], [theirs[other[0]] for other in right], extra, sure, solid=solid)
             for at, to in found[0]:
                 for place, (one, other) in enumerate(zip(left[at], right[to], strict=True)):
                     pairs.append((one, other))
@@ -248,12 +270,14 @@ class _Solver:
         return pairs, levels, rivals
 
     def _weighed(
-        self, ours: Sequence[str], theirs: Sequence[str], voted: Sequence[Sequence[float]]
+        self, ours: Sequence[str], theirs: Sequence[str], voted: _Table, known: _Table
     ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
         alike = likeness(ours, theirs)
         first, second = _places(ours), _places(theirs)
         last = [one.rpartition(".")[2] for one in ours], [other.rpartition(".")[2] for other in theirs]
         name = [[alike[at][to] + _agree(first[at], second[to]) + 0.3 * (last[0][at] == last[1][to]) for to in range(len(theirs))] for at in range(len(ours))]
+        if known:
+            name = [[each + known[at][to] for to, each in enumerate(row)] for at, row in enumerate(name)]
         total = [[each + voted[at][to] for to, each in enumerate(row)] for at, row in enumerate(name)] if voted else name
         span = max(len(ours), len(theirs)) - 1
         order = [[-abs(at - to) / span for to in range(len(theirs))] for at in range(len(ours))]
@@ -269,7 +293,7 @@ class _Solver:
             for other, there in [*pairs, *((other, -1) for other, column in enumerate(columns) if column < 0)]:
                 if other == at:
                     continue
-                level = self._level((name, total, order), trust, at, to, other, there, kinds)
+                level = self._level((name, total, order), trust, at, to, other, there, kinds, bool(known))
                 worst = max(worst, level)
                 if level == 2:
                     could.append(other)
@@ -280,14 +304,14 @@ class _Solver:
 
     def _level(
         self, scores: tuple[_Table, _Table, _Table], trust: float, at: int, to: int, other: int, there: int,
-        kinds: tuple[Sequence[str], Sequence[str]],
+        kinds: tuple[Sequence[str], Sequence[str]], sure: bool,
     ) -> int:  # fmt: skip
         """How sure a pair is against one change of places with another (``there`` -1: with one that stays unused).
 
         Certain only where names and order agree, or where names that need no order speak clearly: what other parts of the same model
         say was decided in the same way as this.
         """
-        if there >= 0 and kinds[0][at] == kinds[0][other] and kinds[1][to] == kinds[1][there] and (at < other) == (to < there):
+        if there >= 0 and not sure and kinds[0][at] == kinds[0][other] and kinds[1][to] == kinds[1][there] and (at < other) == (to < there):
             return 0  # two of a list, by their numbers
 
         def gain(score: _Table) -> float:
@@ -296,6 +320,8 @@ class _Solver:
             return score[at][to] + score[other][there] - score[at][there] - score[other][to]
 
         name, total, turn = map(gain, scores)
+        if sure and name > _TOLD:
+            return 0
         if trust > 0.5:
             if name > 0.25 and turn >= 0 and total > 0.25:
                 return 0

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
 
 from ckptconv.compare import Allow, compare
+from ckptconv.errors import CkptconvError
 from ckptconv.plan import Plan, reads
-from ckptconv.ruleset.patterns import Pattern
+from ckptconv.planner import make_plan
 from ckptconv.spec import Manifest
-from ckptconv.suggest.changes import Outcome, is_buffer, outcome, without_lone_buffers
+from ckptconv.suggest.changes import Made, Outcome, outcome, without_lone_buffers
 from ckptconv.suggest.joining import coarsened
 from ckptconv.suggest.matching import matched
 from ckptconv.suggest.ranks import gathered
-from ckptconv.suggest.units import Side, side_of
-from ckptconv.suggest.verdict import CONVERTIBLE, LOADS, LOSSY, NOT, Cause, judged
+from ckptconv.suggest.telling import Fingerprints, Told
+from ckptconv.suggest.thinning import Thinned, thinned
+from ckptconv.suggest.units import side_of
+from ckptconv.suggest.verdict import LOADS, NOT, Cause, judged
 from ckptconv.suggest.writing import Rule, Unwritten, written
 
 
@@ -45,9 +47,13 @@ def suggest(
     *,
     name: str,
     hints: Sequence[tuple[str, str]] = (),
-    values: Mapping[str, Any] | None = None,
+    values: Mapping[str, Fingerprints] | None = None,
 ) -> Suggestion:
     """The rule file ``name`` that makes ``source`` load into ``target``, as far as their names, shapes and order tell.
+
+    ``hints``: fragments of source and target names that belong together. ``values``: under ``source`` and ``target`` something that gives
+    fingerprints by name, equal for equal values in any order, for a target that is a checkpoint with the same weights. A rule is given only
+    if it parses, can be planned on the source, does what was meant, and fits the target; of large manifests, on members of every list.
 
     >>> from ckptconv.spec import DType, TensorSpec
     >>> spec = TensorSpec((6, 4), DType.float32)
@@ -55,28 +61,67 @@ def suggest(
     >>> found.verdict, found.mapping["fc.weight"]
     ('convertible', (('module.fc.weight',), 'renamed'))
     """
-    if len(source) and compare(source, target).fits:
+    if len(source) and source.tensors.keys() <= target.tensors.keys() and compare(source, target).fits:
         same = {each: ((each,), "as it is") for each in target if each in source}
         return Suggestion(LOADS, mapping=same, confidence=dict.fromkeys(same, "certain"))
+    told = Told(tuple(hints), *((values or {}).get(side) for side in ("source", "target")))
+    task = _Task(name, f"suggested from names and shapes: {len(source):,} tensors to {len(target):,}", told)
+    thin = thinned(source, target)
+    if thin is not None:
+        found, rule = _found(task, thin.source, thin.target)
+        if rule is None or _holds(rule, thin):
+            return _carried(found, thin, source, target)
+    return _found(task, source, target)[0]
+
+
+@dataclass(frozen=True)
+class _Task:
+    name: str
+    summary: str
+    told: Told
+
+
+def _found(task: _Task, source: Manifest, target: Manifest) -> tuple[Suggestion, Rule | None]:
+    """The suggestion for these manifests as they are."""
     one, other = side_of(source, aliases=not target.ties), side_of(target, aliases=False)
-    one, other, lone, theirs = without_lone_buffers(one, other)
+    one, other, *lone = without_lone_buffers(one, other)
     one, other = coarsened(gathered(one, other), other)
-    found = outcome(matched(one, other), one, other)
-    found.unused += lone
-    found.missing += theirs
+    found = outcome(matched(one, other, None if task.told.silent else task.told), one, other)
+    task.told.settle(found)
+    found.unused += lone[0]
+    found.missing += lone[1]
     verdict, reason, causes = judged(found, one, other)
     rule: Rule | None = None
     if verdict != NOT:
         try:
-            rule = _proved(name, _summary(source, target, verdict), found, source, target)
+            rule = _proved(task.name, task.summary, found, source, target)
         except Unwritten as why:
             verdict, reason = NOT, f"no rule file was found that fits: {why}"
             causes = [Cause("unwritten", reason), *causes]
-    return _suggestion(verdict, reason, causes, rule, found, source, target)
+    return _suggestion(verdict, reason, causes, rule, found, source, target), rule
 
 
-def _summary(source: Manifest, target: Manifest, verdict: str) -> str:
-    return f"suggested from names and shapes: {len(source):,} tensors to {len(target):,}"
+def _holds(rule: Rule, thin: Thinned) -> bool:
+    """Whether the rule fits other members of the lists as well as those that it was made for."""
+    source, target = thin.again
+    try:
+        return not compare(make_plan(rule.parsed, source).manifest, target, allowed(rule)).problems()
+    except CkptconvError:
+        return False
+
+
+def _carried(found: Suggestion, thin: Thinned, source: Manifest, target: Manifest) -> Suggestion:
+    """What was found for few members, said of all."""
+    all_ = thin.carried({name: sources for name, (sources, _) in found.mapping.items()})
+    used = {each for _, sources in all_.values() for each in sources}
+    return replace(
+        found, reason=thin.said(found.reason), text=thin.said_in_comments(found.text),
+        mapping={name: (sources, found.mapping[like][1]) for name, (like, sources) in all_.items()},
+        confidence={name: found.confidence[like] for name, (like, _) in all_.items()},
+        alternatives={name: found.alternatives[like] for name, (like, _) in all_.items() if like in found.alternatives},
+        missing=tuple(name for name in target if name not in all_), unexpected=tuple(name for name in source if name not in used),
+        causes=tuple(Cause(each.kind, thin.said(each.sentence), tuple(map(thin.said, each.templates))) for each in found.causes),
+    )  # fmt: skip
 
 
 def _proved(name: str, summary: str, found: Outcome, source: Manifest, target: Manifest) -> Rule:
@@ -95,10 +140,16 @@ def _proved(name: str, summary: str, found: Outcome, source: Manifest, target: M
     raise Unwritten("; ".join(reasons))
 
 
+def allowed(rule: Rule) -> Allow:
+    """The differences that the rule itself allows."""
+    header = rule.parsed.header.target
+    patterns = header.allow.missing or () if header else ()
+    return Allow(missing=lambda each: any(pattern.match(each) is not None for pattern in patterns))
+
+
 def _fault(plan: Plan, found: Outcome, rule: Rule, target: Manifest) -> str:
     """Where the plan is not what was meant, or does not fit the target; empty text where all is well."""
-    patterns: tuple[Pattern, ...] = rule.parsed.header.target.allow.missing or () if rule.parsed.header.target else ()
-    problems = compare(plan.manifest, target, Allow(missing=lambda each: any(pattern.match(each) is not None for pattern in patterns))).problems()
+    problems = compare(plan.manifest, target, allowed(rule)).problems()
     if problems:
         return problems[0].what
     made = {output.name: set(reads(output.expr)) for output in plan.outputs}
@@ -119,7 +170,7 @@ def _suggestion(
     alternatives: dict[str, tuple[str, ...]] = {}
     for made in found.made:
         for each in made.target.names:
-            mapping[each] = made.names, _how(made.source, made.target, made.change)
+            mapping[each] = made.names, _how(made)
             confidence[each] = made.level
             if made.others:
                 alternatives[each] = tuple(other.name for other in made.others)
@@ -130,19 +181,18 @@ def _suggestion(
     )  # fmt: skip
 
 
-def _how(one: Any, other: Any, change: str) -> str:
-    words = [change] if change else []
-    if one.joined:
-        words.append(("stacked" if one.count else "") + (" and " if one.count and one.sizes else "") + ("joined" if one.sizes else ""))
-    if other.joined:
-        words.append("cut")
-    if one.turned != other.turned:
-        words.append("transposed")
-    elif not one.joined and not other.joined and one.shape != other.shape and not change:
-        words.append("reshaped")
-    if not words:
-        words = ["as it is" if one.names == other.names else "renamed"]
-    return ", ".join(words)
+def _how(made: Made) -> str:
+    """How it is made, in few words."""
+    one, other = made.source, made.target
+    done = [_CHANGES[made.change]] if made.change else []
+    done += ["stacked"] * bool(one.count) + ["joined"] * bool(one.sizes) + ["the same on all ranks"] * one.same
+    done += ["transposed"] * (one.turned != other.turned)
+    done += ["cut"] * bool(other.sizes) + ["unstacked"] * bool(other.count) + ["its position added"] * bool(made.added)
+    if not done:
+        done = ["reshaped" if one.shape != other.shape else "as it is" if one.names == other.names else "renamed"]
+    return ", ".join(done)
 
 
-__all__ = ["CONVERTIBLE", "LOADS", "LOSSY", "NOT", "Side", "Suggestion", "is_buffer", "suggest"]
+_CHANGES = {
+    "rows": "other rows", "positions": "resized", "line": "resized", "prefix": "first positions cut off", "channels": "other channels", "tie": "tied",
+}  # fmt: skip
