@@ -68,7 +68,9 @@ def without_lone_buffers(source: Side, target: Side) -> tuple[Side, Side, list[U
 
 def _lone(side: Side, other: Side) -> list[Unit]:
     there = Counter(_leaf(unit) for unit in other.units)
-    return [unit for unit in side.units if is_buffer(unit) and not there[_leaf(unit)] and not other.forms[unit.form] > side.forms[unit.form]]
+    return [
+        unit for unit in side.units if is_buffer(unit) and not there[_leaf(unit)] and not other.forms[unit.form] > side.forms[unit.form]
+    ]
 
 
 def _leaf(unit: Unit) -> str:
@@ -123,7 +125,9 @@ def _same_forms(found: Outcome) -> None:
         if other != unit.form and not open_[unit.form] and spare[unit.form] <= open_[other] and not spare[other]:
             found.unused[at] = replace(unit, turned=not unit.turned)
     for target in list(found.missing):
-        rivals = [unit for unit in found.unused if unit.form == target.form and (unit.role == target.role or not unit.role or not target.role)]
+        rivals = [
+            unit for unit in found.unused if unit.form == target.form and (unit.role == target.role or not unit.role or not target.role)
+        ]
         if rivals and not is_buffer(target):
             alike = likeness([".".join(unit.path) for unit in rivals], [".".join(target.path)])
             best = max(range(len(rivals)), key=lambda at: alike[at][0])
@@ -145,7 +149,9 @@ def _other_sizes(found: Outcome, source: Side, target: Side) -> None:
         if not wanted or not rivals or (change == "channels" and len(wanted) > 1):
             continue
         alike = likeness([".".join(each.path) for each in rivals], [".".join(unit.path) for unit in wanted])
-        costs = [[-alike[at][to] if _change(one, unit) == change else _NEVER for to, unit in enumerate(wanted)] for at, one in enumerate(rivals)]
+        costs = [
+            [-alike[at][to] if _change(one, unit) == change else _NEVER for to, unit in enumerate(wanted)] for at, one in enumerate(rivals)
+        ]
         for at, to in enumerate(assigned(costs)):
             if to >= 0 and costs[at][to] < _NEVER and wanted[to] in found.missing:
                 others = [rival for place, rival in enumerate(rivals) if place != at and alike[place][to] > alike[at][to] - 0.2]
@@ -293,7 +299,9 @@ def _is_square(made: Made, found: Outcome) -> bool:
 
 
 def _is_token(made: Made, found: Outcome) -> bool:
-    return len(made.target.form) == 2 and not made.target.role and any(each.change in ("prefix", "positions", "line") for each in found.made)
+    return (
+        len(made.target.form) == 2 and not made.target.role and any(each.change in ("prefix", "positions", "line") for each in found.made)
+    )
 
 
 _DOUBTS: tuple[tuple[Callable[[Made, Outcome], bool], str, str], ...] = (

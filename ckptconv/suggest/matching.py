@@ -197,13 +197,13 @@ class _Solver:
         voted: list[list[float]] = []
         if len(ours) * len(theirs) > 1:
             voted = [[self._extra(left.modules[at], right.modules[to], solid) for to in theirs] for at in ours]
-        known = self._known_of([(left.modules[at].name, [left.modules[at]]) for at in ours], [(right.modules[to].name, [right.modules[to]]) for to in theirs])
+        known = self._known_of(
+            [(left.modules[at].name, [left.modules[at]]) for at in ours], [(right.modules[to].name, [right.modules[to]]) for to in theirs]
+        )
         pairs, levels, rivals = self._paired(names, wanted, voted, known, solid=solid)
         return [Found(ours[at], theirs[to], levels[at], tuple(ours[other] for other in rivals[at])) for at, to in pairs]
 
-    def _known_of(
-        self, ours: Sequence[tuple[str, Sequence[Module]]], theirs: Sequence[tuple[str, Sequence[Module]]]
-    ) -> list[list[float]]:
+    def _known_of(self, ours: Sequence[tuple[str, Sequence[Module]]], theirs: Sequence[tuple[str, Sequence[Module]]]) -> list[list[float]]:
         """What hints and values say of every pair; empty where they say nothing."""
         told = self.evidence.told
         if told is None or len(ours) * len(theirs) < 2:
@@ -244,7 +244,11 @@ class _Solver:
             return by_kind
         if len(ours) > _MOST or len(theirs) > _MOST:
             pairs = list(zip(range(len(ours)), range(len(theirs)), strict=False))
-            return pairs, dict.fromkeys(range(len(ours)), 1 if even and self.evidence.trust > 0.5 else 2), dict.fromkeys(range(len(ours)), ())
+            return (
+                pairs,
+                dict.fromkeys(range(len(ours)), 1 if even and self.evidence.trust > 0.5 else 2),
+                dict.fromkeys(range(len(ours)), ()),
+            )
         return self._weighed(ours, theirs, voted, known)
 
     def _kind_by_kind(
@@ -275,7 +279,10 @@ class _Solver:
         alike = likeness(ours, theirs)
         first, second = _places(ours), _places(theirs)
         last = [one.rpartition(".")[2] for one in ours], [other.rpartition(".")[2] for other in theirs]
-        name = [[alike[at][to] + _agree(first[at], second[to]) + 0.3 * (last[0][at] == last[1][to]) for to in range(len(theirs))] for at in range(len(ours))]
+        name = [
+            [alike[at][to] + _agree(first[at], second[to]) + 0.3 * (last[0][at] == last[1][to]) for to in range(len(theirs))]
+            for at in range(len(ours))
+        ]
         if known:
             name = [[each + known[at][to] for to, each in enumerate(row)] for at, row in enumerate(name)]
         total = [[each + voted[at][to] for to, each in enumerate(row)] for at, row in enumerate(name)] if voted else name

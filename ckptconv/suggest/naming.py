@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ckptconv.backnames import Formula, Part, Row, Shape, Slot, Unfit, Want, fit, text_of
+from ckptconv.backnames import Formula, Part, Row, Shape, Slot, Unfit, Want, escaped, fit, text_of
 from ckptconv.names import natural_key
 from ckptconv.ruleset.patterns import Pattern
 from ckptconv.suggest.blocks import skeleton
@@ -47,6 +47,45 @@ def said(rows: Sequence[Row], universe: Iterable[str]) -> list[Said]:
     for group in _groups(left, cut=1):
         found += _fitted(group, names)
     return sorted(_with_choices(found, names), key=lambda each: natural_key(each.rows[0].keys[0]) if not each.values else ())
+
+
+def each_alone(rows: Sequence[Row]) -> list[Said]:
+    """Every row spelled out."""
+    return [Said(tuple(map(escaped, row.keys)), tuple(map(escaped, row.values)), (row,)) for row in rows]
+
+
+def swept(names: Sequence[str], universe: Sequence[str]) -> list[str]:
+    """Patterns for exactly ``names`` among ``universe``: whole subtrees and leaves of one name first.
+
+    >>> swept(["a.n", "b.n", "dec.0.w", "dec.1.w"], ["a.w", "a.n", "b.n", "dec.0.w", "dec.1.w"])
+    ['dec.**', '**.n']
+    """
+    if any("::" in name for name in names):  # of ranks: `**` does not reach across
+        return [each.keys[0] for each in said([Row((name,), ()) for name in names], universe)]
+    mine = set(names)
+    others = [name for name in universe if name not in mine]
+    kept_heads = {".".join(name.split(".")[:cut]) for name in others for cut in range(1, name.count(".") + 1)}
+    kept_leaves = {name.rpartition(".")[2] for name in others}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        head = next((".".join(parts[:cut]) for cut in range(1, len(parts)) if ".".join(parts[:cut]) not in kept_heads), None)
+        groups.setdefault(f"{escaped(head)}.**" if head is not None and head not in mine and head not in others else "", []).append(name)
+    found = [text for text, group in groups.items() if text and len(group) > 1]
+    left = [name for text, group in groups.items() if not text or len(group) < 2 for name in group]
+    leaves: dict[str, list[str]] = {}
+    for name in left:
+        head, _, leaf = name.rpartition(".")
+        leaves.setdefault(leaf if head and leaf not in kept_leaves and not leaf.isdigit() else "", []).append(name)
+    swept_leaves = [
+        leaf
+        for leaf, group in leaves.items()
+        if leaf and len(group) > 1 and not any(leaf == each.rpartition(".")[2] for each in mine - set(group))
+    ]
+    found += [f"**.{escaped(leaf)}" for leaf in swept_leaves]
+    left = [name for leaf, group in leaves.items() if leaf not in swept_leaves for name in group]
+    rest = [name for name in universe if name not in mine or name in set(left)]
+    return found + [each.keys[0] for each in said([Row((name,), ()) for name in left], rest)]
 
 
 def _common(row: Row) -> int:
@@ -212,7 +251,16 @@ def _views(entry: Said) -> list[object]:
             continue
         holes = [-1, *(to for to, word in enumerate(value) if "{" not in word)]
         for to in holes:
-            found.append((at, to, tuple(key[:at]), tuple(key[at + 1 :]), tuple(value[:to] if to >= 0 else value), tuple(value[to + 1 :] if to >= 0 else ())))
+            found.append(
+                (
+                    at,
+                    to,
+                    tuple(key[:at]),
+                    tuple(key[at + 1 :]),
+                    tuple(value[:to] if to >= 0 else value),
+                    tuple(value[to + 1 :] if to >= 0 else ()),
+                )
+            )
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Union
 
-from ckptconv.suggest.changes import Made, Outcome
+from ckptconv.suggest.changes import Outcome
 from ckptconv.suggest.units import Module
 
 #: Of a tensor's name, something that is equal for equal values in whatever order; None where it is not known.

@@ -53,10 +53,10 @@ class _Names:
                        for where, column in zip(self.lists[kind[0]], zip(*found, strict=True), strict=True)]  # fmt: skip
             self.kinds[kind] = names, list(zip(*columns, strict=True)) if columns else [()] * len(names)
 
-    @cached_property
-    def known(self) -> dict[str, tuple[str, Ranks]]:
-        """Name -> look and places."""
-        return {name: (look, ranks) for (look, _), (names, places) in self.kinds.items() for name, ranks in zip(names, places, strict=True)}
+    def known(self, name: str) -> tuple[str, Ranks]:
+        """The look of a name, and its places."""
+        look = _NUMBER.sub("#", name)
+        return look, tuple(self.places[where][number] for where, number in zip(self.lists[look], _NUMBER.findall(name), strict=True))
 
     def lengths(self) -> set[int]:
         return {len(places) for places in self.places.values()}
@@ -102,7 +102,7 @@ class Thinned:
         relations = self._relations(few)
         thin: dict[str, dict[Ranks, str]] = {}
         for name in few:
-            look, ranks = self._theirs.known[name]
+            look, ranks = self._theirs.known(name)
             thin.setdefault(look, {})[ranks] = name
         for (look, _), (names, places) in self._theirs.kinds.items():
             floors = self._floors(look, places)
@@ -110,7 +110,12 @@ class Thinned:
             for name, ranks in zip(names, places, strict=True):
                 like = there.get(tuple([floor[rank] for floor, rank in zip(floors, ranks, strict=True)]))
                 if like is not None:
-                    sources = tuple([whole[kind].get(tuple([ranks[at] if at >= 0 else fixed for at, fixed in parts]), "") for kind, parts in relations[like]])
+                    sources = tuple(
+                        [
+                            whole[kind].get(tuple([ranks[at] if at >= 0 else fixed for at, fixed in parts]), "")
+                            for kind, parts in relations[like]
+                        ]
+                    )
                     if all(sources):
                         made[name] = like, sources
         return made
@@ -151,10 +156,10 @@ class Thinned:
         """For a name of the few, how the places of its sources follow from its own: which of its own, or -1 and a fixed place."""
         groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for name, sources in few.items():
-            groups.setdefault((self._theirs.known[name][0], tuple(self._ours.known[each][0] for each in sources)), []).append(name)
+            groups.setdefault((self._theirs.known(name)[0], tuple(self._ours.known(each)[0] for each in sources)), []).append(name)
         found: dict[str, list[tuple[str, list[tuple[int, int]]]]] = {}
         for names in groups.values():
-            rows = [(self._theirs.known[name][1], [self._ours.known[each][1] for each in few[name]]) for name in names]
+            rows = [(self._theirs.known(name)[1], [self._ours.known(each)[1] for each in few[name]]) for name in names]
             follows: list[list[int]] = []
             for piece in range(len(rows[0][1])):
                 follows.append([
@@ -163,7 +168,7 @@ class Thinned:
                     for at in range(len(rows[0][1][piece]))
                 ])  # fmt: skip
             for name, (_, pieces) in zip(names, rows, strict=True):
-                looks = [self._ours.known[each][0] for each in few[name]]
+                looks = [self._ours.known(each)[0] for each in few[name]]
                 found[name] = [(look, list(zip(follow, ranks, strict=True)))
                                for look, follow, ranks in zip(looks, follows, pieces, strict=True)]  # fmt: skip
         return found

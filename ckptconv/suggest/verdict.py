@@ -137,7 +137,9 @@ def _unused(outcome: Outcome, source: Side, ours: Sequence[Family], used: set[st
     before = [unit for unit in lost.values() if blocks and unit.role in ("weight", "bias") and len(unit.form) == 2 and unit.name not in within
               and any(other.at < unit.at for other in source.units if other.name in used) and unit.at < min(blocks)]  # fmt: skip
     if before:
-        found.append(Cause("unused", f"the source has {_few(before)} before its blocks, and the target has nothing there", _templates(before)))
+        found.append(
+            Cause("unused", f"the source has {_few(before)} before its blocks, and the target has nothing there", _templates(before))
+        )
     return found
 
 
@@ -161,7 +163,9 @@ def _variants(source: Side, target: Side) -> list[Cause]:
     depths = [max((len(family.members) for family in families(side) if len(next(iter(family.members.values()))) > 3), default=0)
               for side in (source, target)]  # fmt: skip
     if all(depths) and depths[0] != depths[1] and not found:
-        found.append(Cause("depth", f"the source has {depths[0]} blocks in its longest list and the target {depths[1]}: another size of the model"))
+        found.append(
+            Cause("depth", f"the source has {depths[0]} blocks in its longest list and the target {depths[1]}: another size of the model")
+        )
     return found
 
 
@@ -181,7 +185,11 @@ def _losses(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
                            f"stay as they are initialised", _templates([unit for _, unit in outcome.heads])))  # fmt: skip
     fresh = [unit for unit in outcome.missing if not is_buffer(unit)]
     if fresh:
-        found.append(Cause("missing", f"{_few(fresh)} {_have(fresh)} no source and stay{'s' if _one(fresh) else ''} as initialised", _templates(fresh)))
+        found.append(
+            Cause(
+                "missing", f"{_few(fresh)} {_have(fresh)} no source and stay{'s' if _one(fresh) else ''} as initialised", _templates(fresh)
+            )
+        )
     sentences = {
         "rows": ("vocabulary", "{} has {} rows in the source and {} in the target"),
         "positions": ("positions", "{} is for {} positions in the source and {} in the target"),
@@ -193,12 +201,20 @@ def _losses(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
         if made.change in sentences:
             kind, sentence = sentences[made.change]
             axis = next(at for at in range(len(made.source.shape)) if made.source.shape[at] != made.target.shape[at])
-            found.append(Cause(kind, sentence.format(made.target.name, f"{made.source.shape[axis]:,}", f"{made.target.shape[axis]:,}"), (made.target.name,)))
+            found.append(
+                Cause(
+                    kind,
+                    sentence.format(made.target.name, f"{made.source.shape[axis]:,}", f"{made.target.shape[axis]:,}"),
+                    (made.target.name,),
+                )
+            )
     within = inside(families(source))
     used = {part for made in outcome.made for part in _prefixes(made.source.path)}
     dropped = [unit for unit in outcome.unused if not is_buffer(unit) and unit.name in within and _block(unit) in used]
     if dropped:
-        found.append(Cause("dropped", f"{_few(dropped)} inside of the source's blocks {_have(dropped)} no place in the target", _templates(dropped)))
+        found.append(
+            Cause("dropped", f"{_few(dropped)} inside of the source's blocks {_have(dropped)} no place in the target", _templates(dropped))
+        )
     return found
 
 
@@ -225,4 +241,6 @@ def _templates(units: Iterable[Unit]) -> tuple[str, ...]:
 
 def _few(units: Iterable[Unit], most: int = 3) -> str:
     templates = collapse([name for unit in units for name in unit.names[:1]])
-    return ", ".join(str(template) for template in templates[:most]) + (f" and {len(templates) - most} more templates" if len(templates) > most else "")
+    return ", ".join(str(template) for template in templates[:most]) + (
+        f" and {len(templates) - most} more templates" if len(templates) > most else ""
+    )

@@ -55,7 +55,7 @@ TOKENS = frozenset({"token", "cls", "distillation", "mask", "register"})
 def words(name: str) -> tuple[str, ...]:
     """The words of a name in one spelling, numbers left out.
 
-    >>> words("encoder.self_attn.q_proj"), words("attention.wq")
+    >>> words("model.self_attn.q_proj"), words("attention.wq")
     (('attn', 'q', 'proj'), ('attn', 'q'))
     """
     found: list[str] = []

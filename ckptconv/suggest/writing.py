@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import yaml
-
+from ckptconv.backnames import Row
 from ckptconv.backplan import Written
-from ckptconv.backnames import Row, escaped
 from ckptconv.backwards import telling_shape
 from ckptconv.errors import CkptconvError, printable
 from ckptconv.names import collapse
@@ -21,13 +18,13 @@ from ckptconv.ruletests import run_tests
 from ckptconv.ruletext import flow, specs, step_lines, test_lines
 from ckptconv.spec import Manifest
 from ckptconv.suggest.blocks import skeleton
-from ckptconv.suggest.changes import Made, Outcome, grids, is_buffer
-from ckptconv.suggest.joining import EVERY as LIST
-from ckptconv.suggest.naming import EVERY, Said, fanned, said
-from ckptconv.suggest.units import Unit
+from ckptconv.suggest.changes import Outcome, is_buffer
+from ckptconv.suggest.joins import join_steps, marks
+from ckptconv.suggest.mending import casts, in_place, ties
+from ckptconv.suggest.naming import Said, each_alone, said, swept
 
-_OVER = "e"
 _FEW = 40  #: names in a test
+_MANY = 200
 _MOST_DOUBTS = 8
 
 
@@ -72,67 +69,52 @@ def _random(outcome: Outcome, target: Manifest) -> list[str]:
     return [name for name in target if name not in filled and name not in tied]
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------------------------
+# --- steps --------------------------------------------------------------------------------------------------------------------------------
 
 
 def _steps(outcome: Outcome, source: Manifest, target: Manifest, plain: bool) -> list[Written]:
+    """In order: wrappers off, what goes, what is joined or cut, names, what is changed in its place, ties, dtypes."""
     prefix = "" if plain else _common_prefix(outcome, source)
-    names = [name.removeprefix(prefix) for name in source]
-    steps = [Written("strip_prefix", prefix)] if prefix else []
-    drops = _drops(outcome, source, target, prefix)
-    steps += drops
-    gone = {name for step in _gone(outcome, source, target).values() for name in step}
-    marks = {name: mark for made in outcome.made for name, mark in _marks(made.source).items()}
-    there = list(dict.fromkeys(marks.get(name, name).removeprefix(prefix) for name in source if name not in gone))
-    joins: dict[tuple[str, str], list[Row]] = {}
-    renames: list[Row] = []
-    unstacked: list[Row] = []
-    for made in outcome.made:
-        if made.change == "tie":
-            continue
-        if not made.source.joined and not made.target.joined:
-            renames.append(Row((made.source.name.removeprefix(prefix),), (made.target.name,)))
-        else:
-            keys, values = tuple(key.removeprefix(prefix) for key in _keys(made.source)), tuple(_keys(made.target))
-            if made.target.count and (made.target.sizes or made.source.turned != made.target.turned):  # in two steps: cut, then unstacked
-                whole = tuple(value.replace(f".{EVERY}.", ".") for value in values)
-                unstacked += [Row((one,), (value,)) for one, value in zip(whole, values, strict=True)]
-                values = whole
-            joins.setdefault(_join_of(made), []).append(Row(keys, values))
+    gone = _gone(outcome, source)
+    joined = [made for made in outcome.made if (made.source.joined or made.target.joined) and made.change != "tie"]
+    single = [made for made in outcome.made if not (made.source.joined or made.target.joined) and made.change != "tie"]
+    left_out = {name for names in gone.values() for name in names}
+    marked = marks(joined)
+    there = list(dict.fromkeys(marked.get(name, name).removeprefix(prefix) for name in source if name not in left_out))
+    steps = join_steps(joined, prefix, there, plain=plain)
+    rows = [Row((made.source.name.removeprefix(prefix),), (made.target.name,)) for made in single]
+    done = {
+        name.removeprefix(prefix)
+        for made in joined
+        for name in (*made.source.names, *(marked.get(each, each) for each in made.source.names))
+    }
+    steps += _renamed(
+        rows, [*(name for name in there if name not in done), *(name for made in joined for name in made.target.names)], plain
+    )
+    steps += [*in_place(outcome, target), *ties(outcome), *casts(outcome, source, target)]
     doubts = _doubts(outcome, prefix)
-    for (op, form), rows in joins.items():
-        steps += [_joined(op, form, each) for each in (_each(rows) if plain else said(rows, there))]
-    if unstacked:
-        there += [row.keys[0] for row in unstacked]
-        steps += [_joined("unstack", "[0, false, true]", each) for each in (_each(unstacked) if plain else said(unstacked, there))]
-    changing = [row for row in renames if row.keys != row.values]
-    if changing:
-        after = [name for name in there if not any(name in row.keys for rows in joins.values() for row in rows)]
-        made_names = [value for rows in joins.values() for row in rows for value in row.values]
-        entries = _each(changing) if plain else _shorter(said(renames, [*after, *made_names]), said(changing, [*after, *made_names]))
-        steps.append(Written("rename", {each.keys[0]: each.values[0] for each in entries if each.keys[0] != each.values[0]}))
     if doubts and steps:
-        at = next((at for at, step in enumerate(steps) if step.op not in ("strip_prefix", "drop")), 0)
-        steps[at] = Written(steps[at].op, steps[at].body, "\n".join(doubts))
-    steps += _in_place(outcome, target)
-    steps += [Written("tie", {"from": made.source_name, "to": made.target.name}, "the source has no such tensor; its embeddings are taken")
-              for made in _tied(outcome)]  # fmt: skip
-    steps += _casts(outcome, source, target)
-    check = telling_shape(steps, source, target) if any(step.op in ("rearrange", "reshape") for step in steps) else None
-    if check is not None and check.body["keys"] in names and not prefix:
-        steps.insert(0, check)
-    return steps
+        steps[0] = replace(steps[0], comment="\n".join([*doubts, *steps[0].comment.splitlines()]))
+    steps = [*([Written("strip_prefix", prefix)] if prefix else []), *_drops(gone, source, prefix), *steps]
+    check = telling_shape(steps, source, target) if not prefix and any(step.op == "rearrange" for step in steps) else None
+    # A check of a name that the target has too: otherwise a second run finds nothing to rename, and stops at that.
+    return [check, *steps] if check is not None and check.body["keys"] in target else steps
 
 
-def _each(rows: Sequence[Row]) -> list[Said]:
-    return [Said(tuple(map(escaped, row.keys)), tuple(map(escaped, row.values)), (row,)) for row in rows]
+def _renamed(rows: Sequence[Row], universe: Sequence[str], plain: bool) -> list[Written]:
+    """The names that change; those that stay are among the rows where that makes patterns simpler."""
+    changing = [row for row in rows if row.keys != row.values]
+    if not changing:
+        return []
+    entries = each_alone(changing) if plain else _shorter(said(rows, universe), said(changing, [*universe, *(row.keys[0] for row in rows)]))
+    return [Written("rename", {each.keys[0]: each.values[0] for each in entries if each.keys[0] != each.values[0]})]
 
 
 def _shorter(one: list[Said], other: list[Said]) -> list[Said]:
     """The shorter of two ways to say it: with the names that stay as they are, or without."""
 
     def cost(entries: list[Said]) -> int:
-        return sum(each.keys[0] != each.values[0] and "{" + each.keys[0] != each.values[0] for each in entries)
+        return sum(each.keys[0] != each.values[0] for each in entries)
 
     return one if cost(one) < cost(other) else other
 
@@ -151,7 +133,7 @@ def _common_prefix(outcome: Outcome, source: Manifest) -> str:
     return best
 
 
-def _gone(outcome: Outcome, source: Manifest, target: Manifest) -> dict[str, list[str]]:
+def _gone(outcome: Outcome, source: Manifest) -> dict[str, list[str]]:
     """Reason -> the names of the source that are left out for it."""
     found: dict[str, list[str]] = {}
     used = {name for made in outcome.made for name in made.source.names}
@@ -174,227 +156,15 @@ def _gone(outcome: Outcome, source: Manifest, target: Manifest) -> dict[str, lis
     return found
 
 
-def _drops(outcome: Outcome, source: Manifest, target: Manifest, prefix: str) -> list[Written]:
+def _drops(gone: Mapping[str, Sequence[str]], source: Manifest, prefix: str) -> list[Written]:
     steps = []
     rest = [name.removeprefix(prefix) for name in source]
-    for reason, names in _gone(outcome, source, target).items():
+    for reason, names in gone.items():
         short = [name.removeprefix(prefix) for name in names]
         keys = swept(short, rest)
         steps.append(Written("drop", {"keys": keys if len(keys) > 1 else keys[0], "reason": reason}))
-        gone = set(short)
-        rest = [name for name in rest if name not in gone]
-    return steps
-
-
-def swept(names: Sequence[str], universe: Sequence[str]) -> list[str]:
-    """Patterns for exactly ``names`` among ``universe``: whole subtrees and leaves of one name first.
-
-    >>> swept(["a.n", "b.n", "dec.0.w", "dec.1.w"], ["a.w", "a.n", "b.n", "dec.0.w", "dec.1.w"])
-    ['**.n', 'dec.**']
-    """
-    if any("::" in name for name in names):  # of ranks: `**` does not reach across
-        return [each.keys[0] for each in said([Row((name,), ()) for name in names], universe)]
-    mine = set(names)
-    others = [name for name in universe if name not in mine]
-    kept_heads = {".".join(name.split(".")[:cut]) for name in others for cut in range(1, name.count(".") + 1)}
-    kept_leaves = {name.rpartition(".")[2] for name in others}
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        head = next((".".join(parts[:cut]) for cut in range(1, len(parts)) if ".".join(parts[:cut]) not in kept_heads), None)
-        groups.setdefault(f"{escaped(head)}.**" if head is not None and head not in mine and head not in others else "", []).append(name)
-    found = [text for text, group in groups.items() if text and len(group) > 1]
-    left = [name for text, group in groups.items() if not text or len(group) < 2 for name in group]
-    leaves: dict[str, list[str]] = {}
-    for name in left:
-        head, _, leaf = name.rpartition(".")
-        leaves.setdefault(leaf if head and leaf not in kept_leaves and not leaf.isdigit() else "", []).append(name)
-    swept_leaves = [leaf for leaf, group in leaves.items() if leaf and len(group) > 1 and not any(leaf == each.rpartition(".")[2] for each in mine - set(group))]
-    found += [f"**.{escaped(leaf)}" for leaf in swept_leaves]
-    left = [name for leaf, group in leaves.items() if leaf not in swept_leaves for name in group]
-    rest = [name for name in universe if name not in mine or name in set(left)]
-    return found + [each.keys[0] for each in said([Row((name,), ()) for name in left], rest)]
-
-
-# --- what is joined, stacked, cut ------------------------------------------------------------------------------------------------------
-
-
-def _keys(unit: Unit) -> list[str]:
-    """One name for each piece of a unit; of a list that is stacked, with a mark for the number."""
-    if not unit.count:
-        return list(unit.names)
-    return [_marked(unit, unit.names[at]) for at in range(0, len(unit.names), unit.count)]
-
-
-def _marked(unit: Unit, name: str) -> str:
-    at = unit.path.index(LIST)
-    parts = name.split(".")
-    return ".".join([*parts[:at], EVERY, *parts[at + 1 :]])
-
-
-def _marks(unit: Unit) -> dict[str, str]:
-    return {name: _marked(unit, name) for name in unit.names} if unit.count else {}
-
-
-def _join_of(made: Made) -> tuple[str, str]:
-    """What is done to make one of the other: rows of one form become one step."""
-    one, other = made.source, made.target
-    acts: list[Any] = []
-    shape = one.shape
-    if one.same:
-        acts.append("same")
-    if one.count:
-        acts.append({"stack": 0})
-    if one.sizes:
-        acts.append({"concat": one.axis})
-    pattern = "" if made.change else rearrangement(shape, other.shape, one.turned != other.turned)
-    if pattern:
-        acts.append({"rearrange": pattern})
-    if other.sizes:
-        even = len(set(other.sizes)) == 1
-        acts.append({"split": {"dim": other.axis, **({} if even else {"sizes": list(other.sizes)})}})
-    if other.count and not acts:
-        acts.append({"unstack": 0})
-    return (next(iter(acts[0])) if len(acts) == 1 and not one.same and not acts[0].get("rearrange") else "convert"), flow([*acts, len(other.sizes), bool(one.count), bool(other.count)])
-
-
-def _joined(op: str, form: str, each: Said) -> Written:
-    *acts, pieces, gathers, spreads = yaml.safe_load(form)
-    taken = {name for text in each.keys for name in Pattern.parse(text.replace(EVERY, "0")).names}
-    froms = [text.replace(EVERY, f"{{{_OVER}:int}}") for text in (each.keys if gathers else fanned(each.keys, taken))]
-    tos = [text.replace(EVERY, f"{{{_OVER}}}") for text in fanned(each.values, taken)]
-    body: dict[str, Any] = {"from": froms if len(froms) > 1 else froms[0]}
-    to: Any = tos if len(tos) > 1 else tos[0]
-    if op == "concat":
-        return Written(op, {**body, "to": to, "dim": acts[0]["concat"]})
-    if op == "split":
-        sizes = acts[0]["split"].get("sizes")
-        return Written(op, {**body, "to": to, "dim": acts[0]["split"]["dim"], **({"sizes": sizes} if sizes else {})})
-    if op in ("stack", "unstack"):
-        return Written(op, {**body, "over": _OVER, "to": to})
-    for act in acts:
-        if act != "same" and "split" in act and "sizes" not in act["split"]:
-            act["split"]["parts"] = pieces
-    return Written("convert", {**body, **({"gather": _OVER} if gathers else {}), "to": to, "do": acts})
-
-
-def rearrangement(shape: Sequence[int], wanted: Sequence[int], turn: bool) -> str:
-    """The pattern that turns the last two axes, and puts in or takes out axes of size 1; empty text where nothing is to be done.
-
-    >>> rearrangement((48, 144), (144, 48), True), rearrangement((96, 24, 1, 1), (96, 24), False), rearrangement((1, 48), (48,), False)
-    ('i o -> o i', 'o i 1 1 -> o i', '1 a -> a')
-    """
-    if tuple(shape) == tuple(wanted) and not turn:
-        return ""
-    count = sum(size != 1 for size in shape)
-    axes = list("oi" if count == 2 and not turn else "io" if count == 2 else "abcdefgh"[:count])
-    if count > 8:
-        return ""
-    turned = [*axes[:-2], axes[-1], axes[-2]] if turn and count > 1 else axes
-    left, right = iter(axes), iter(turned)
-    one = " ".join("1" if size == 1 else next(left) for size in shape)
-    other = " ".join("1" if size == 1 else next(right) for size in wanted)
-    return f"{one} -> {other}" if one != other else ""
-
-
-# --- what is changed in its place ------------------------------------------------------------------------------------------------------
-
-
-def _in_place(outcome: Outcome, target: Manifest) -> list[Written]:
-    found: dict[tuple[str, str], list[str]] = {}
-    bodies: dict[tuple[str, str], tuple[dict[str, Any], str]] = {}
-    for made in outcome.made:
-        one, other = made.source, made.target
-        if ((one.joined or other.joined) and not made.change) or made.change == "tie":
-            continue
-        if made.change == "prefix":
-            continue
-        for op, body, why in _changes(made):
-            key = op, flow(body)
-            found.setdefault(key, []).append(other.name)
-            bodies[key] = body, why
-    steps = []
-    for (op, text), names in found.items():
-        body, why = bodies[op, text]
-        keys = [each.keys[0] for each in said([Row((name,), ()) for name in names], target.tensors)]
-        steps.append(Written(op, {"keys": keys if len(keys) > 1 else keys[0], **body}, why))
-    return steps + [step for made in outcome.made if made.change == "prefix" for step in _without_prefix(made, outcome)]
-
-
-def _without_prefix(made: Made, outcome: Outcome) -> list[Written]:
-    """The first positions cut off; added to the token that they are of, where there is one."""
-    one, name = made.source, made.target.name
-    axis = next(at for at in range(len(one.shape)) if one.shape[at] != made.target.shape[at])
-    sizes = [one.shape[axis] - made.target.shape[axis], made.target.shape[axis]]
-    rest = f"{name}_of_tokens"
-    steps = [Written("split", {"from": name, "to": [rest, name], "dim": axis, "sizes": sizes})]
-    tokens = [each.target.name for each in outcome.made if each.added]
-    if not tokens:
-        return [*steps, Written("drop", {"keys": rest, "reason": "the target has no positions for tokens"})]
-    body = {"from": {"token": tokens[0], "position": rest}, "to": tokens[0], "formula": "token + position"}
-    return [*steps, Written("combine", body, "the target adds no position to its token")]
-
-
-def _changes(made: Made) -> Iterable[tuple[str, dict[str, Any], str]]:
-    one, other = made.source, made.target
-    if not made.change:
-        pattern = rearrangement(one.shape, other.shape, one.turned != other.turned or _is_bare_turn(one, other))
-        if pattern:
-            yield "rearrange", {"pattern": pattern}, ""
-        return
-    if made.change == "rows":
-        more = other.shape[0] > one.shape[0]
-        yield "resize_rows", {"rows": other.shape[0]}, f"{one.shape[0]:,} rows in the source: " + (
-            "the new ones are zeros" if more else "the last ones are taken to be padding"
-        )
-    elif made.change == "channels":
-        how = "repeat" if other.shape[1] > one.shape[1] else "sum"
-        yield "adapt_channels", {"channels": other.shape[1], "how": how}, ""
-    else:
-        axis = next(at for at in range(len(one.shape)) if one.shape[at] != other.shape[at])
-        sizes = grids(one.shape[axis], other.shape[axis])
-        if sizes is not None:
-            yield "resize", {"size": [sizes[2], sizes[2]], **({"prefix": sizes[0]} if sizes[0] else {})}, "another resolution"
-        elif other.shape[axis] < one.shape[axis]:
-            yield "resize_rows", {"rows": other.shape[axis], **({"dim": axis} if axis else {})}, "fewer positions: the first are kept"
-        else:
-            yield "resize", {"size": [other.shape[axis]], "dim": axis, "mode": "linear"}, "more positions: they are interpolated"
-
-
-def _is_bare_turn(one: Unit, other: Unit) -> bool:
-    """A bare matrix is used as `x @ p`, the weight of a linear layer as `x @ w.T`: between the two it is turned."""
-    square = len(one.form) == 3 and one.form[1] == one.form[2]
-    return square and len(one.shape) == len(other.shape) == 2 and bool(one.role) != bool(other.role) and one.turned == other.turned
-
-
-@dataclass(frozen=True)
-class _Tie:
-    source_name: str
-    target: Unit
-
-
-def _tied(outcome: Outcome) -> list[_Tie]:
-    called = {made.source.name: made.target.name for made in outcome.made if made.change != "tie" and not made.source.joined}
-    return [_Tie(called[made.source.name], made.target) for made in outcome.made if made.change == "tie"]
-
-
-def _casts(outcome: Outcome, source: Manifest, target: Manifest) -> list[Written]:
-    wanted: dict[tuple[str, str], list[str]] = {}
-    stays: set[str] = set()
-    for made in outcome.made:
-        kinds = {source[name].dtype for name in made.source.names}
-        for name in made.target.names:
-            have = next(iter(kinds))
-            if have != target[name].dtype:
-                wanted.setdefault((have.value, target[name].dtype.value), []).append(name)
-            else:
-                stays.add(have.value)
-    steps = []
-    for (have, dtype), names in wanted.items():
-        alone = have not in stays and sum(one == have for one, _ in wanted) == 1
-        keys: Any = "**" if alone else swept(names, list(target))
-        body = {"keys": keys, "dtype": dtype, **({"of": [have]} if alone else {})}
-        steps.append(Written("cast", body))
+        done = set(short)
+        rest = [name for name in rest if name not in done]
     return steps
 
 
@@ -407,7 +177,7 @@ def _doubts(outcome: Outcome, prefix: str) -> list[str]:
     for made in outcome.made:
         if made.level == "ambiguous" and made.change != "tie":
             others = " or ".join(str(template.text) for template in collapse([each.name.removeprefix(prefix) for each in made.others[:3]]))
-            groups.setdefault((made.level, others and _numberless(others), made.why), []).append(made.target.name)
+            groups.setdefault((made.level, others and skeleton(others), made.why), []).append(made.target.name)
         elif made.why and made.level == "likely" and made.change != "tie":
             groups.setdefault((made.level, "", made.why), []).append(made.target.name)
     lines = []
@@ -419,16 +189,13 @@ def _doubts(outcome: Outcome, prefix: str) -> list[str]:
     return lines[:_MOST_DOUBTS] + ([f"and {more} more doubts of this kind"] if more > 0 else [])
 
 
-def _numberless(text: str) -> str:
-    return skeleton(text)
-
-
 def _tested(rule: Rule, name: str, source: Manifest, steps: Sequence[Written]) -> Rule:
     """The rule with a test of few observed names, in which every pattern has something to do."""
     for names in (_sample(rule, source, steps), list(source)):
-        if not names or len(names) > max(_FEW * 4, 200):
+        if not names or len(names) > _MANY:
             continue
-        given = Manifest({each: source[each] for each in source if each in set(names)})
+        chosen = set(names)
+        given = Manifest({each: spec for each, spec in source.tensors.items() if each in chosen})
         try:
             expected = make_plan(rule.parsed, given).manifest
         except CkptconvError:
@@ -486,5 +253,3 @@ def _texts(step: Written) -> list[str]:
         return []
     found = step.body.get("from", step.body.get("keys", []))
     return [found] if isinstance(found, str) else list(found)
-
-
