@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from math import isqrt
 
+from ckptconv.spec import Manifest
 from ckptconv.suggest.assigning import assigned
 from ckptconv.suggest.blocks import skeleton
 from ckptconv.suggest.matching import LEVELS, Matching
@@ -20,6 +20,9 @@ from ckptconv.suggest.words import BUFFERS, HEADS, TOKENS, likeness, words
 _MOST_CHANNELS = 16
 _MOST_PREFIX = 8
 _NEVER = 1e6
+
+
+Doubt = tuple[Callable[["Made"], bool], str, str]
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,28 @@ class Outcome:
     unused: list[Unit] = field(default_factory=list)  #: of the source
     missing: list[Unit] = field(default_factory=list)  #: of the target
     heads: list[tuple[Unit, Unit]] = field(default_factory=list)  #: of another size: dropped here, random there
-
-    @cached_property
-    def has_positions(self) -> bool:
-        """Whether there is a table of positions among what is made: then nothing is rotated."""
-        return any(len(made.target.form) > 2 and "pos" in words(made.target.name) for made in self.made)
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: of the target's ties the first name -> the others
 
     def add(self, source: Unit, target: Unit, level: str, others: Sequence[Unit] = (), change: str = "", why: str = "") -> None:
         self.made.append(Made(source, target, level, tuple(others), change, why))
         self.unused = [unit for unit in self.unused if unit.names != source.names]
         self.missing = [unit for unit in self.missing if unit.names != target.names]
+
+
+def tie_twins(found: Outcome, source: Manifest, target: Manifest) -> None:
+    """The further names of ties: those of the source become those of the target, as far as there are any."""
+    ours = {group[0]: list(group[1:]) for group in source.ties}
+    theirs = {group[0]: group[1:] for group in target.ties}
+    used = {name for made in found.made for name in made.names}
+    for made in list(found.made):
+        wanted = theirs.get(made.target.name, ())
+        if not wanted or made.source.joined or made.target.joined or made.change:
+            continue
+        found.tied[made.target.name] = wanted
+        rest = [name for name in ours.get(made.source.name, ()) if name not in used]
+        rest.sort(key=lambda name: name not in wanted)
+        for one, other in zip(rest, sorted(wanted, key=lambda name: name not in rest), strict=False):
+            found.made.append(replace(made, source=replace(made.source, names=(one,)), target=replace(made.target, names=(other,))))
 
 
 def without_lone_buffers(source: Side, target: Side) -> tuple[Side, Side, list[Unit], list[Unit]]:
@@ -96,7 +111,8 @@ def outcome(matching: Matching, source: Side, target: Side) -> Outcome:
     _other_sizes(found, source, target)
     _ties(found)
     _positions_of_tokens(found)
-    found.made = [_judged(made, found) for made in found.made]
+    doubts = _doubts(found)
+    found.made = [_judged(made, doubts) for made in found.made]
     return found
 
 
@@ -255,12 +271,27 @@ def _positions_of_tokens(found: Outcome) -> None:
 # --- how sure ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _judged(made: Made, found: Outcome) -> Made:
+def _judged(made: Made, doubts: Sequence[Doubt]) -> Made:
     """The pair with what shapes cannot tell of its values: rows in another order, a square matrix turned or not."""
-    for holds, level, why in _DOUBTS:
-        if LEVELS.index(made.level) < LEVELS.index(level) and holds(made, found):
+    for holds, level, why in doubts:
+        if LEVELS.index(made.level) < LEVELS.index(level) and holds(made):
             made = replace(made, level=level, why=made.why or why)
     return made
+
+
+def _doubts(found: Outcome) -> list[Doubt]:
+    """What may be wrong though the shapes are right: when, how bad, and why."""
+    doubts: list[Doubt] = [
+        (_is_unsure, "ambiguous", "another of its siblings has the shape as well, and no name tells which is part of the joined tensor"),
+        (_is_fused, "likely", "the order of rows in the joined tensor is taken to be piece after piece"),
+        (_is_qkv, "likely", "the order of rows in the joined tensor is taken to be the same"),
+        (_is_square, "likely", "a square matrix: its shape does not tell whether it is turned"),
+    ]
+    if not any(len(made.target.form) > 2 and "pos" in words(made.target.name) for made in found.made):
+        doubts.append((_is_query_or_key, "likely", "rotary implementations order the rows of a head differently"))
+    if any(made.change in ("prefix", "positions", "line") for made in found.made):
+        doubts.append((_is_token, "likely", "the positions are changed, and a token may have one of them"))
+    return doubts
 
 
 def _renamed(made: Made) -> bool:
@@ -270,48 +301,33 @@ def _renamed(made: Made) -> bool:
     return one[-shorter:] != other[-shorter:]
 
 
-def _is_unsure(made: Made, found: Outcome) -> bool:
+def _is_unsure(made: Made) -> bool:
     return made.source.unsure or made.target.unsure
 
 
-def _is_fused(made: Made, found: Outcome) -> bool:
+def _is_fused(made: Made) -> bool:
     return bool(made.source.sizes or made.target.sizes)
 
 
-def _is_rotated(made: Made, found: Outcome) -> bool:
-    said = set(words(made.target.path[-1])) | set(words(made.source.path[-1]))
-    if not said & {"q", "k", "qkv"} or not _renamed(made) or "norm" in said:
-        return False
-    return not found.has_positions
+def _is_query_or_key(made: Made) -> bool:
+    said = {*words(made.target.path[-1]), *words(made.source.path[-1])}
+    return bool(said & {"q", "k", "qkv"}) and "norm" not in said and _renamed(made)
 
 
-def _is_qkv(made: Made, found: Outcome) -> bool:
+def _is_qkv(made: Made) -> bool:
     one, other = made.source, made.target
-    if made.source.joined or not _renamed(made) or len(one.form) != 3:
-        return False
-    return one.form[1] == 3 * one.form[2] and "attn" in words(other.name) and one.path[-1] != other.path[-1]
+    whole = not one.joined and len(one.form) == 3 and one.form[1] == 3 * one.form[2]
+    return whole and "attn" in words(other.name) and one.path[-1] != other.path[-1]
 
 
-def _is_square(made: Made, found: Outcome) -> bool:
+def _is_square(made: Made) -> bool:
     one, other = made.source, made.target
     square = len(one.form) == 3 and one.form[1] == one.form[2]
     return square and (one.turned != other.turned or bool(one.role) != bool(other.role))
 
 
-def _is_token(made: Made, found: Outcome) -> bool:
-    return (
-        len(made.target.form) == 2 and not made.target.role and any(each.change in ("prefix", "positions", "line") for each in found.made)
-    )
-
-
-_DOUBTS: tuple[tuple[Callable[[Made, Outcome], bool], str, str], ...] = (
-    (_is_unsure, "ambiguous", "another of its siblings has the shape as well, and no name tells which is part of the joined tensor"),
-    (_is_fused, "likely", "the order of rows in the joined tensor is taken to be piece after piece"),
-    (_is_rotated, "likely", "rotary implementations order the rows of a head differently"),
-    (_is_qkv, "likely", "the order of rows in the joined tensor is taken to be the same"),
-    (_is_square, "likely", "a square matrix: its shape does not tell whether it is turned"),
-    (_is_token, "likely", "the positions are changed, and a token may have one of them"),
-)
+def _is_token(made: Made) -> bool:
+    return len(made.target.form) == 2 and not made.target.role
 
 
 def is_head(unit: Unit) -> bool:

@@ -53,12 +53,12 @@ def _stacked(side: Side, other: Side) -> Side:
     chosen = {path for path, numbers in lists.items() if len(numbers) in counts and numbers == set(range(len(numbers)))}
     groups: dict[tuple[tuple[str, ...], str], list[Unit]] = {}
     for unit in side.units:
-        at = next((at for at, part in enumerate(unit.path) if part.isdigit() and unit.path[:at] in chosen), None)
-        if at is not None:
-            groups.setdefault(((*unit.path[:at], EVERY, *unit.path[at + 1 :]), unit.role), []).append(unit)
+        member = next((at for at, part in enumerate(unit.path) if part.isdigit() and unit.path[:at] in chosen), -1)
+        if member >= 0:
+            groups.setdefault(((*unit.path[:member], EVERY, *unit.path[member + 1 :]), unit.role), []).append(unit)
     made: dict[tuple[str, ...], Unit] = {}
     spare = _left_over(side, other)
-    reach = _reachable(wanted)
+    reach = _Reachable(wanted)
     for (path, _), units in groups.items():
         first, at = units[0], path.index(EVERY)
         count = len(lists[path[:at]])
@@ -71,7 +71,7 @@ def _stacked(side: Side, other: Side) -> Side:
     return side.holding(made.get(unit.names, unit) for unit in side.units if unit.names in made or unit.name not in gone)
 
 
-class _reachable:  # noqa: N801  (a set, told by its rule)
+class _Reachable:
     """Forms of stacked tensors that are wanted, or of which a piece, or with the last two axes changed, is wanted."""
 
     def __init__(self, wanted: Mapping[Form, int]) -> None:
@@ -86,8 +86,10 @@ def _changed(form: Form) -> Form:
 
 
 def _piece_of(form: Form, whole: Form) -> bool:
-    differing = [at for at, (one, other) in enumerate(zip(form, whole)) if one != other]  # noqa: B905  (lengths are compared next)
-    return len(form) == len(whole) and len(differing) <= 1 and all(at and form[at] < whole[at] for at in differing)
+    if len(form) != len(whole):
+        return False
+    differing = [at for at, (one, other) in enumerate(zip(form, whole, strict=True)) if one != other]
+    return len(differing) <= 1 and all(at and form[at] < whole[at] for at in differing)
 
 
 @dataclass(frozen=True)

@@ -267,10 +267,10 @@ class _Solver:
             extra, sure = ([[table[one[0]][other[0]] for other in right] for one in left] if table else [] for table in (voted, known))
             found = self._in_order([ours[one[0]] for one in left], [theirs[other[0]] for other in right], extra, sure, solid=solid)
             for at, to in found[0]:
-                for place, (one, other) in enumerate(zip(left[at], right[to], strict=True)):
+                for rank, (one, other) in enumerate(zip(left[at], right[to], strict=True)):
                     pairs.append((one, other))
                     levels[one] = found[1][at]
-                    rivals[one] = tuple(left[rival][place] for rival in found[2][at])
+                    rivals[one] = tuple(left[rival][rank] for rival in found[2][at])
         return pairs, levels, rivals
 
     def _weighed(

@@ -104,9 +104,9 @@ def casts(outcome: Outcome, source: Manifest, target: Manifest) -> list[Written]
             else:
                 stays.add(have.value)
     steps = []
-    for (have, dtype), names in wanted.items():
-        alone = have not in stays and sum(one == have for one, _ in wanted) == 1
+    for (old, new), names in wanted.items():
+        alone = old not in stays and sum(one == old for one, _ in wanted) == 1
         keys: Any = "**" if alone else swept(names, list(target))
-        body = {"keys": keys, "dtype": dtype, **({"of": [have]} if alone else {})}
+        body = {"keys": keys, "dtype": new, **({"of": [old]} if alone else {})}
         steps.append(Written("cast", body))
     return steps

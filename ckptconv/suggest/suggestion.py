@@ -11,7 +11,8 @@ from ckptconv.errors import CkptconvError
 from ckptconv.plan import Plan, reads
 from ckptconv.planner import make_plan
 from ckptconv.spec import Manifest
-from ckptconv.suggest.changes import Made, Outcome, outcome, without_lone_buffers
+from ckptconv.suggest.changes import Made, Outcome, outcome, tie_twins, without_lone_buffers
+from ckptconv.suggest.findings import findings
 from ckptconv.suggest.joining import coarsened
 from ckptconv.suggest.matching import matched
 from ckptconv.suggest.ranks import gathered
@@ -65,13 +66,17 @@ def suggest(
         same = {each: ((each,), "as it is") for each in target if each in source}
         return Suggestion(LOADS, mapping=same, confidence=dict.fromkeys(same, "certain"))
     told = Told(tuple(hints), *((values or {}).get(side) for side in ("source", "target")))
-    task = _Task(name, f"suggested from names and shapes: {len(source):,} tensors to {len(target):,}", told)
+    task = _Task(name, f"suggested from names and shapes: {_tensors(source)} to {_tensors(target)}", told)
     thin = thinned(source, target)
     if thin is not None:
         found, rule = _found(task, thin.source, thin.target)
         if rule is None or _holds(rule, thin):
             return _carried(found, thin, source, target)
     return _found(task, source, target)[0]
+
+
+def _tensors(manifest: Manifest) -> str:
+    return f"{len(manifest):,} tensor{'' if len(manifest) == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def _found(task: _Task, source: Manifest, target: Manifest) -> tuple[Suggestion,
     one, other = coarsened(gathered(one, other), other)
     found = outcome(matched(one, other, None if task.told.silent else task.told), one, other)
     task.told.settle(found)
+    tie_twins(found, source, target)
     found.unused += lone[0]
     found.missing += lone[1]
     verdict, reason, causes = judged(found, one, other)
@@ -98,7 +104,7 @@ def _found(task: _Task, source: Manifest, target: Manifest) -> tuple[Suggestion,
         except Unwritten as why:
             verdict, reason = NOT, f"no rule file was found that fits: {why}"
             causes = [Cause("unwritten", reason), *causes]
-    return _suggestion(verdict, reason, causes, rule, found, source, target), rule
+    return _suggestion(verdict, reason, [*causes, *findings(found)], rule, found, source, target), rule
 
 
 def _holds(rule: Rule, thin: Thinned) -> bool:
@@ -174,6 +180,10 @@ def _suggestion(
             confidence[each] = made.level
             if made.others:
                 alternatives[each] = tuple(other.name for other in made.others)
+    for first, others in found.tied.items():
+        for each in others:
+            mapping.setdefault(each, (mapping[first][0], "tied"))
+            confidence.setdefault(each, confidence[first])
     used = {each for sources, _ in mapping.values() for each in sources}
     return Suggestion(
         verdict, reason, rule.text if rule else "", mapping, confidence, alternatives,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from ckptconv.names import collapse
 from ckptconv.suggest.blocks import Family, families, inside, zones
@@ -34,7 +35,7 @@ def judged(outcome: Outcome, source: Side, target: Side) -> tuple[str, str, list
     if faults:
         causes = [*_variants(source, target), *faults]
         return NOT, causes[0].sentence, causes
-    losses = _losses(outcome, source, target)
+    losses = _losses(outcome, source)
     if losses:
         return LOSSY, "; ".join(cause.sentence for cause in losses), losses
     return CONVERTIBLE, "", []
@@ -56,7 +57,7 @@ def _no_weights(source: Side) -> str:
 
 def _faults(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
     if not outcome.made:
-        return [Cause("another network", "no tensor of the target can be made of the source's")]
+        return _resized(source, target) or [Cause("another network", "no tensor of the target can be made of the source's")]
     used = {name for made in outcome.made for name in made.source.names}
     filled = {name for made in outcome.made for name in made.target.names}
     ours, theirs = families(source), families(target)
@@ -64,18 +65,26 @@ def _faults(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
     faults += _missing(outcome, target, theirs, filled)
     faults += _crossed(outcome, zones(source, ours), zones(target, theirs))
     faults += _unused(outcome, source, ours, used)
-    whole = sum(unit_size(unit) for unit in target.units if not is_head(unit))
-    part = sum(unit_size(made.target) for made in outcome.made if not is_head(made.target))
+    whole = sum(prod(unit.shape) for unit in target.units if not is_head(unit))
+    part = sum(prod(made.target.shape) for made in outcome.made if not is_head(made.target))
     if whole and part < _LEAST * whole and not faults:
         faults.append(Cause("another network", f"only {part / whole:.0%} of the target's elements have a source"))
     return faults
 
 
-def unit_size(unit: Unit) -> int:
-    size = 1
-    for each in unit.shape:
-        size *= each
-    return size
+def _resized(source: Side, target: Side) -> list[Cause]:
+    """Tensors of the same name and another size."""
+    shapes = {unit.name: unit.shape for unit in source.units}
+    differ = [unit for unit in target.units if shapes.get(unit.name, unit.shape) != unit.shape]
+    if not differ:
+        return []
+    one = differ[0]
+    more = f", and {len(differ) - 1:,} more are of other sizes" if len(differ) > 1 else ""
+    return [
+        Cause(
+            "sizes", f"{one.name} is {list(shapes[one.name])} in the source and {list(one.shape)} in the target{more}", _templates(differ)
+        )
+    ]
 
 
 def _depths(families_: Sequence[Family], used: set[str], side: str) -> list[Cause]:
@@ -177,7 +186,7 @@ def _width(side: Side) -> int:
 # --- what stays random, or is dropped from inside --------------------------------------------------------------------------------------
 
 
-def _losses(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
+def _losses(outcome: Outcome, source: Side) -> list[Cause]:
     found = []
     if outcome.heads:
         one, other = outcome.heads[0]

@@ -22,15 +22,20 @@ _SPELLINGS = (
     "layer block", "layers block", "blocks block", "h block", "groups stage", "levels stage", "stages stage", "reg register", "registers register",
     "se squeeze", "squeezeexcitation squeeze", "attn_mask mask",
 )  # fmt: skip
-_SAME = {word: words.split()[-1] for words in _SPELLINGS for word in words.split()}
+_SAME: dict[str, str] = {word: line.split()[-1] for line in _SPELLINGS for word in line.split()}
 #: Words that say nothing of what a module is, because nearly every model has them somewhere above everything.
 _EMPTY = frozenset({"model", "module", "net", "backbone", "the", "self", "block", "transformer", "to"})
-_SPLIT = {"layernorm": ("layernorm",), "feedforward": ("mlp",), "inproj": ("in", "proj"), "outproj": ("out", "proj")}
+_SPLIT: dict[str, tuple[str, ...]] = {
+    "layernorm": ("layernorm",),
+    "feedforward": ("mlp",),
+    "inproj": ("in", "proj"),
+    "outproj": ("out", "proj"),
+}
 
 #: Attention to another sequence is called in four ways.
 _PHRASES = (
     ("feed forward", "mlp"), ("squeeze excitation", "squeeze"), ("encoder attn", "cross attn"), ("encdec attn", "cross attn"),
-    ("output layer", "head"), ("lm head", "head"), ("src attn", "cross attn"), ("multihead attn", "cross attn"),
+    ("output block", "head"), ("lm head", "head"), ("src attn", "cross attn"), ("multihead attn", "cross attn"),
 )  # fmt: skip
 
 #: Which of two alike comes first: `pre`, `input`, `before`; and what stands before or after another part is told by that part.
@@ -59,14 +64,13 @@ def words(name: str) -> tuple[str, ...]:
     (('attn', 'q', 'proj'), ('attn', 'q'))
     """
     found: list[str] = []
-    for piece in _WORD.findall(name):
-        lower = piece.lower()
-        if not lower.isdigit():
-            found += [_SAME.get(each, each) for each in _SPLIT.get(lower, (lower,))]
-    joined = " ".join(found)
-    for phrase, word in _PHRASES:
-        joined = joined.replace(phrase, word)
-    return tuple(word for word in joined.split() if word not in _EMPTY)
+    for segment in name.split("."):
+        pieces = [piece.lower() for piece in _WORD.findall(segment) if not piece.isdigit()]
+        joined = " ".join(_SAME.get(word, word) for piece in pieces for word in _SPLIT.get(piece, (piece,)))
+        for phrase, said in _PHRASES:
+            joined = joined.replace(phrase, said)
+        found += [word for word in joined.split() if word not in _EMPTY]
+    return tuple(found)
 
 
 def place(name: str) -> int:

@@ -19,6 +19,7 @@ from ckptconv.ruletext import flow, specs, step_lines, test_lines
 from ckptconv.spec import Manifest
 from ckptconv.suggest.blocks import skeleton
 from ckptconv.suggest.changes import Outcome, is_buffer
+from ckptconv.suggest.findings import wrapper
 from ckptconv.suggest.joins import join_steps, marks
 from ckptconv.suggest.mending import casts, in_place, ties
 from ckptconv.suggest.naming import Said, each_alone, said, swept
@@ -96,6 +97,8 @@ def _steps(outcome: Outcome, source: Manifest, target: Manifest, plain: bool) ->
     if doubts and steps:
         steps[0] = replace(steps[0], comment="\n".join([*doubts, *steps[0].comment.splitlines()]))
     steps = [*([Written("strip_prefix", prefix)] if prefix else []), *_drops(gone, source, prefix), *steps]
+    if not steps:
+        steps = [Written("keep", "**", "names and shapes are right as they are")]
     check = telling_shape(steps, source, target) if not prefix and any(step.op == "rearrange" for step in steps) else None
     # A check of a name that the target has too: otherwise a second run finds nothing to rename, and stops at that.
     return [check, *steps] if check is not None and check.body["keys"] in target else steps
@@ -106,6 +109,9 @@ def _renamed(rows: Sequence[Row], universe: Sequence[str], plain: bool) -> list[
     changing = [row for row in rows if row.keys != row.values]
     if not changing:
         return []
+    added = _added_prefix(rows)
+    if added and {row.keys[0] for row in rows} >= set(universe):
+        return [Written("add_prefix", added)]
     entries = each_alone(changing) if plain else _shorter(said(rows, universe), said(changing, [*universe, *(row.keys[0] for row in rows)]))
     return [Written("rename", {each.keys[0]: each.values[0] for each in entries if each.keys[0] != each.values[0]})]
 
@@ -121,16 +127,15 @@ def _shorter(one: list[Said], other: list[Said]) -> list[Said]:
 
 def _common_prefix(outcome: Outcome, source: Manifest) -> str:
     """A prefix of all names without which most of them are the target's own."""
-    first = next(iter(source)).split(".")
-    best, most = "", sum(made.source.names == made.target.names for made in outcome.made)
-    for cut in range(1, len(first)):
-        prefix = ".".join(first[:cut]) + "."
-        if not all(name.startswith(prefix) for name in source):
-            break
-        same = sum(tuple(name.removeprefix(prefix) for name in made.source.names) == made.target.names for made in outcome.made)
-        if same > most and 3 * same >= len(outcome.made):
-            best, most = prefix, same
-    return best
+    prefix = wrapper(outcome.made)
+    return prefix if prefix and all(name.startswith(prefix) for name in source) else ""
+
+
+def _added_prefix(rows: Sequence[Row]) -> str:
+    """What stands before every name of the target, if that is all that changes."""
+    first = rows[0]
+    prefix = first.values[0].removesuffix(first.keys[0])
+    return prefix if prefix.endswith(".") and all(row.values[0] == prefix + row.keys[0] for row in rows) else ""
 
 
 def _gone(outcome: Outcome, source: Manifest) -> dict[str, list[str]]:
@@ -140,6 +145,7 @@ def _gone(outcome: Outcome, source: Manifest) -> dict[str, list[str]]:
     heads = {name for one, _ in outcome.heads for name in one.names}
     units = {name: unit for unit in outcome.unused for name in unit.names}
     aliases = source.aliases
+    tied = {made.target.form for made in outcome.made if made.target.name in outcome.tied}
     for name in source:
         if name in used:
             continue
@@ -150,6 +156,8 @@ def _gone(outcome: Outcome, source: Manifest) -> dict[str, list[str]]:
             reason = "the model makes it itself"
         elif name in aliases:
             reason = "a second name of a tied tensor"
+        elif unit is not None and unit.form in tied:
+            reason = "the target ties it to another"
         else:
             reason = "the target has no such part"
         found.setdefault(reason, []).append(name)
