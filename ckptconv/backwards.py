@@ -199,7 +199,7 @@ class _Job:
             return steps
         if all(plan.manifest.tensors.get(name) == spec for name, spec in again.manifest.tensors.items()):
             return steps
-        for told in _telling_names(steps, self.forward.manifest, plan.manifest):
+        for told in telling_names(steps, self.forward.manifest, plan.manifest):
             head.when = told
             try:
                 self._plan(head.text(steps), plan.manifest)
@@ -281,7 +281,7 @@ def _patterns(step: Written) -> list[str]:
     return [found] if isinstance(found, str) else list(found)
 
 
-def _telling_names(steps: Sequence[Written], forward: Manifest, source: Manifest) -> Iterable[dict[str, list[str]]]:
+def telling_names(steps: Sequence[Written], forward: Manifest, source: Manifest) -> Iterable[dict[str, list[str]]]:
     """Every ``when`` that holds for what the rule takes, and not for what it gives."""
     texts = [text for step in steps for text in _patterns(step)]
     yield from ({"all": [text]} for text in texts if _matches(text, forward) and not _matches(text, source))

@@ -46,6 +46,11 @@ def wrapper(made: Sequence[Made]) -> str:
     return ""
 
 
+def _is_reshaped(made: Made) -> bool:
+    one, other = made.source, made.target
+    return not (one.joined or other.joined or made.change) and one.turned == other.turned and one.shape != other.shape
+
+
 _KINDS: Sequence[tuple[str, str, Callable[[Made], bool]]] = (
     ("ranks", "the source is in parts of several ranks", lambda made: "::" in made.source.name),
     ("stacked", "members of a list are one stacked tensor in the target", lambda made: bool(made.source.count)),
@@ -53,15 +58,10 @@ _KINDS: Sequence[tuple[str, str, Callable[[Made], bool]]] = (
     ("fused", "several tensors are joined in the target", lambda made: bool(made.source.sizes) and "::" not in made.source.name),
     ("split", "a joined tensor is several tensors in the target", lambda made: bool(made.target.sizes)),
     ("transposed", "matrices are stored the other way round", lambda made: made.source.turned != made.target.turned),
-    ("reshaped", "the same elements have axes of size 1 more or less", lambda made: _is_reshaped(made)),
+    ("reshaped", "the same elements have axes of size 1 more or less", _is_reshaped),
     ("dtype", "numbers are stored in another dtype", lambda made: made.source.dtype != made.target.dtype),
     ("tied", "the source lacks a tensor that is most likely tied to another", lambda made: made.change == "tie"),
 )
-
-
-def _is_reshaped(made: Made) -> bool:
-    one, other = made.source, made.target
-    return not (one.joined or other.joined or made.change) and one.turned == other.turned and one.shape != other.shape
 
 
 def _templates(names: Iterable[str]) -> tuple[str, ...]:

@@ -66,7 +66,8 @@ def words(name: str) -> tuple[str, ...]:
     found: list[str] = []
     for segment in name.split("."):
         pieces = [piece.lower() for piece in _WORD.findall(segment) if not piece.isdigit()]
-        joined = " ".join(_SAME.get(word, word) for piece in pieces for word in _SPLIT.get(piece, (piece,)))
+        spelled = [word for piece in pieces for word in _SPLIT.get(piece, (piece,))]
+        joined = " ".join(_SAME.get(word, word) for word in spelled)
         for phrase, said in _PHRASES:
             joined = joined.replace(phrase, said)
         found += [word for word in joined.split() if word not in _EMPTY]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
-from ckptconv.backnames import Row
+from ckptconv.backnames import Row, escaped
 from ckptconv.backplan import Written
-from ckptconv.backwards import telling_shape
+from ckptconv.backwards import telling_names, telling_shape
 from ckptconv.errors import CkptconvError, printable
 from ckptconv.names import collapse
 from ckptconv.plan import Plan, reads
@@ -27,6 +28,7 @@ from ckptconv.suggest.naming import Said, each_alone, said, swept
 _FEW = 40  #: names in a test
 _MANY = 200
 _MOST_DOUBTS = 8
+_MOST_CONDITIONS = 4
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,36 @@ class Unwritten(Exception):  # noqa: N818  (a reason, on its way to a verdict)
 def written(name: str, summary: str, outcome: Outcome, source: Manifest, target: Manifest, *, plain: bool = False) -> Rule:
     """The rule file of an outcome. ``plain``: every name for itself. Raises :class:`Unwritten` where it cannot be parsed or planned."""
     steps = _steps(outcome, source, target, plain)
-    allow = [each.keys[0] for each in said([Row((unit_name,), ()) for unit_name in _random(outcome, target)], target.tensors)]
-    head = [
+    allow = [each.keys[0] for each in said([Row((each,), ()) for each in _random(outcome, target)], target.tensors)]
+    first: Rule | None = None
+    # A rule must leave its own result alone, or refuse it: a condition is added where the steps do not see to that themselves.
+    new = next((made.target.name for made in outcome.made if made.target.name not in source), None)
+    last = [{"none": [escaped(new)]}] if new is not None else []
+    for when in (None, *islice(telling_names(steps, source, target), _MOST_CONDITIONS), *last):
+        body = _text(name, summary, steps, allow, when)
+        try:
+            parsed = parse(body.encode(), f"{name}.yaml", stem=name)
+            rule = Rule(body, parsed, make_plan(parsed, source))
+        except CkptconvError as error:
+            raise Unwritten(" ".join(str(error).split())[:500]) from None
+        first = first or rule
+        tested = _tested(rule, name, source, steps, new)
+        if tested is not None:
+            return tested
+    assert first is not None
+    return first
+
+
+def _text(name: str, summary: str, steps: Sequence[Written], allow: Sequence[str], when: Mapping[str, list[str]] | None) -> str:
+    lines = [
         "# yaml-language-server: $schema=../schema/rule-v1.schema.json", "version: 1", f"name: {flow(name)}", "revision: 1",
-        f"summary: {flow(summary[:300])}", "steps:",
+        f"summary: {flow(summary[:300])}", *([f"when: {flow(when)}"] if when else []), "steps:",
     ]  # fmt: skip
     for step in steps:
-        head += [f"  # {line}" for line in step.comment.splitlines()]
-        head += step_lines(step)
-    head += [f"target: {{allow: {{missing: {flow(allow)}}}}}"] if allow else []
-    body = "\n".join(head) + "\n"
-    try:
-        parsed = parse(body.encode(), f"{name}.yaml", stem=name)
-        plan = make_plan(parsed, source)
-    except CkptconvError as error:
-        raise Unwritten(" ".join(str(error).split())[:500]) from None
-    return _tested(Rule(body, parsed, plan), name, source, steps)
+        lines += [f"  # {line}" for line in step.comment.splitlines()]
+        lines += step_lines(step)
+    lines += [f"target: {{allow: {{missing: {flow(allow)}}}}}"] if allow else []
+    return "\n".join(lines) + "\n"
 
 
 def _random(outcome: Outcome, target: Manifest) -> list[str]:
@@ -197,9 +213,11 @@ def _doubts(outcome: Outcome, prefix: str) -> list[str]:
     return lines[:_MOST_DOUBTS] + ([f"and {more} more doubts of this kind"] if more > 0 else [])
 
 
-def _tested(rule: Rule, name: str, source: Manifest, steps: Sequence[Written]) -> Rule:
-    """The rule with a test of few observed names, in which every pattern has something to do."""
-    for names in (_sample(rule, source, steps), list(source)):
+def _tested(rule: Rule, name: str, source: Manifest, steps: Sequence[Written], new: str | None) -> Rule | None:
+    """The rule with a test of few observed names, in which every pattern has something to do; None where no such test passes."""
+    sample = _sample(rule, source, steps)
+    telling = next((reads(output.expr) for output in rule.plan.outputs if output.name == new), ())
+    for names in (sample, [*sample, *telling], list(source)):
         if not names or len(names) > _MANY:
             continue
         chosen = set(names)
@@ -213,7 +231,7 @@ def _tested(rule: Rule, name: str, source: Manifest, steps: Sequence[Written]) -
         parsed = parse(text.encode(), f"{name}.yaml", stem=name)
         if all(outcome.passed for outcome in run_tests(parsed)):
             return Rule(text, parsed, rule.plan)
-    return rule
+    return None
 
 
 def _sample(rule: Rule, source: Manifest, steps: Sequence[Written]) -> list[str]:
@@ -237,8 +255,8 @@ def _sample(rule: Rule, source: Manifest, steps: Sequence[Written]) -> list[str]
                 chosen.update(dict.fromkeys(made))
             else:
                 chosen.update(dict.fromkeys((hit, *by_source.get(hit, ()))))
-    if not chosen:
-        chosen.update(dict.fromkeys(list(source)[:2]))
+    if all(each not in by_source for each in chosen):  # something has to be left
+        chosen.update(dict.fromkeys(reads(rule.plan.outputs[0].expr)))
     return _two_of_each(list(chosen)) if len(chosen) > _FEW else list(chosen)
 
 
