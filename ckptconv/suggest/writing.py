@@ -247,9 +247,14 @@ def _sample(rule: Rule, source: Manifest, steps: Sequence[Written]) -> list[str]
     prefix = next((step.body for step in steps if step.op == "strip_prefix"), "")
     short = {each.removeprefix(prefix): each for each in source}
     for step in steps:
+        dropping = step.op == "drop"
+        open_ = {name: full for name, full in short.items() if (full in by_source) != dropping}
         for text in _texts(step):
             pattern = Pattern.parse(text)
-            hit = next((full for name, full in short.items() if pattern.match(name) is not None), None)
+            hits = [name for name in open_ if pattern.match(name) is not None]
+            hit = open_[hits[0]] if hits else None
+            if dropping:  # what one step drops, the next does not see
+                short = {name: full for name, full in short.items() if name not in set(hits)}
             if hit is None:
                 made = next((final[name] for name in final if pattern.match(name) is not None), ())
                 chosen.update(dict.fromkeys(made))
