@@ -19,6 +19,7 @@ from ckptconv.suggest.words import likeness, place
 
 LEVELS = ("certain", "likely", "ambiguous")
 _COMPANY = 6.0  #: against 1 for names and for order: what is there in the same blocks only is the same
+_CLEAR = 1.5  #: names that share nothing when they change places
 _TOLD = 4.0  #: a gain that only hints or values give
 _Table = Sequence[Sequence[float]]
 _MOST = 48  #: more of one kind under several names are paired in order
@@ -334,7 +335,8 @@ class _Solver:
                 return 0
             if total >= 0 and turn > 0:
                 return 1
-            return 1 if total >= 0.4 and name >= 0 else 2
+            # Names against the order: a flag, unless the names are very clear, or other blocks tell.
+            return 1 if name >= _CLEAR or (total >= name + 1 and name >= 0) else 2
         return 0 if min(name, total) > 0.8 else 1 if min(name, total) > 0.4 else 2
 
 

@@ -79,7 +79,7 @@ def _resized(source: Side, target: Side) -> list[Cause]:
     if not differ:
         return []
     one = differ[0]
-    more = f", and {len(differ) - 1:,} more are of other sizes" if len(differ) > 1 else ""
+    more = f"; {len(differ) - 1:,} more of the same names differ" if len(differ) > 1 else ""
     return [
         Cause(
             "sizes", f"{one.name} is {list(shapes[one.name])} in the source and {list(one.shape)} in the target{more}", _templates(differ)
@@ -94,7 +94,7 @@ def _depths(families_: Sequence[Family], used: set[str], side: str) -> list[Caus
         in_use = [part for part, units in family.members.items() if any(unit.name in used for unit in units)]
         idle = [part for part in family.members if part not in set(in_use)]
         kinds = {family.kind(part) for part in in_use}
-        lost = [part for part in idle if family.kind(part) in kinds]
+        lost = [part for part in idle if any(family.kind(part) <= kind or kind <= family.kind(part) for kind in kinds)]
         if lost:
             have, other = len(family.members), len(family.members) - len(lost)
             what = "would be lost" if side == "source" else "would have no source"
