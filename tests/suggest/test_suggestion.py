@@ -328,14 +328,14 @@ def renamed(source, old, new):
     ("source", "target", "reason"),
     [
         pytest.param(fused_vit(depth=6), split_vit(depth=3),
-                     "the source has 6 blocks in its longest list and the target 3: another size of the model", id="deeper"),
+                     "the source has 6 blocks in its longest list, and the target 3: no renaming can change that", id="deeper"),
         pytest.param(fused_vit(depth=6), fused_vit(depth=3),
-                     "the source has 6 blocks in its longest list and the target 3: another size of the model", id="deeper, the same names"),
+                     "the source has 6 blocks in its longest list, and the target 3: no renaming can change that", id="deeper, the same names"),
         pytest.param(fused_vit(depth=3), split_vit(depth=6),
-                     "the source has 3 blocks in its longest list and the target 6: another size of the model", id="less deep"),
-        pytest.param(fused_vit(width=8), split_vit(width=12), "the source is 8 wide and the target 12: another size of the model", id="wider"),
+                     "the source has 3 blocks in its longest list, and the target 6: no renaming can change that", id="less deep"),
+        pytest.param(fused_vit(width=8), split_vit(width=12), "the source is 8 wide, and the target 12: no renaming can change that", id="wider"),
         pytest.param(resnet((1, 2)), staged_resnet((1, 1)),
-                     "the source has 2 of layer2.{0-1}, and 1 of them would be lost: there are 1 on the other side", id="a block more"),
+                     "the source has layer2.{0-1}, and 1 of these 2 would be lost", id="a block more"),
         pytest.param(manifest(fc__weight=[5, 10], fc__bias=[5]), manifest(fc__weight=[6, 10], fc__bias=[6]),
                      "fc.weight is [5, 10] in the source and [6, 10] in the target; 1 more of the same names differ", id="one layer"),
         pytest.param(Manifest({f"state.{name}.{what}": spec for name, spec in fused_vit().tensors.items() for what in ("exp_avg", "exp_avg_sq")}),
@@ -379,10 +379,16 @@ def test_order_alone_is_likely():
     assert level(suggested(two_alike("b.foo", "b.bar"), two_alike("c.left", "c.right")), "c.left.weight") == "likely"
 
 
-def test_order_and_names_that_disagree_are_never_certain():
+def test_letters_of_queries_and_keys_are_believed_against_the_order_but_not_certain():
     found = suggested(two_alike("b.query", "b.key"), two_alike("c.k_proj", "c.q_proj"))
-    assert level(found, "c.q_proj.weight") == "ambiguous"
-    assert found.alternatives["c.q_proj.weight"]
+    assert found.mapping["c.q_proj.weight"][0] == ("b.query.weight",)
+    assert level(found, "c.q_proj.weight") == "likely"
+
+
+def test_order_and_names_that_disagree_are_ambiguous():
+    found = suggested(two_alike("b.alpha_in", "b.beta_in"), two_alike("c.beta_proj", "c.alpha_proj"))
+    assert level(found, "c.alpha_proj.weight") == "ambiguous"
+    assert len(found.alternatives["c.alpha_proj.weight"]) == 1
 
 
 def test_names_in_alphabetical_order_say_nothing_of_the_order():
@@ -509,6 +515,12 @@ def test_a_large_manifest_with_stacked_experts():
     found = suggested(experts(depth=12, count=40), stacked_experts(depth=12, count=40))
     assert "model.layers.{0-11}.mlp.experts.gate_up_proj" in found.text
     assert len(found.mapping["model.layers.7.mlp.experts.gate_up_proj"][0]) == 80
+
+
+def test_as_many_layers_as_experts():
+    found = suggested(experts(depth=3, count=3), stacked_experts(depth=3, count=3))
+    assert found.verdict == "convertible"
+    assert len(found.mapping["model.layers.2.mlp.experts.down_proj"][0]) == 3
 
 
 def test_hostile_names_are_no_syntax():
