@@ -231,6 +231,9 @@ def suggest(
     """
     from ckptconv import asking
 
+    for written in (out, apply):
+        if written is not None:
+            refuse_to_overwrite(Path(written), [source, target])
     words = asking.Words(pairs, parity, select, timeout, threads)
     return asking.suggest(run, write_text, source, target, out, words, apply=apply, accept_ambiguous=accept_ambiguous, force=force)
 

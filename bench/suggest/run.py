@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout that this file lies in is the one that is measured
 
 import baselines
+import large
 from mutations import mutations
 from negatives import negatives
 from pairs import cases, pairs
@@ -193,6 +194,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["tuned", "heldout", "negatives", "mutations"])
+    parser.add_argument("--big", action="store_true", help="only large manifests: how long they take")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cases", type=Path, metavar="FOLDER", help="reference conversions to add, as scripts/cases.py takes them")
     parser.add_argument("--pair", default="", metavar="TEXT", help="only pairs whose name holds this")
@@ -201,6 +203,9 @@ def main() -> int:
     )
     parser.add_argument("--text", action="store_true", help=f"print what {OURS} suggests")
     given = parser.parse_args()
+    if given.big:
+        large.shown()
+        return 0
     if given.cases is not None and not given.cases.is_dir():
         parser.error(f"there is no folder {given.cases}")
     among = suggesters(given.who)

@@ -53,7 +53,8 @@ def _stacked(side: Side, other: Side) -> Side:
     chosen = {path for path, numbers in lists.items() if len(numbers) in counts and numbers == set(range(len(numbers)))}
     groups: dict[tuple[tuple[str, ...], str], list[Unit]] = {}
     for unit in side.units:
-        member = next((at for at, part in enumerate(unit.path) if part.isdigit() and unit.path[:at] in chosen), -1)
+        # Of lists in lists the innermost: as many layers as experts is no reason to stack the layers.
+        member = next((at for at in reversed(range(len(unit.path))) if unit.path[at].isdigit() and unit.path[:at] in chosen), -1)
         if member >= 0:
             groups.setdefault(((*unit.path[:member], EVERY, *unit.path[member + 1 :]), unit.role), []).append(unit)
     made: dict[tuple[str, ...], Unit] = {}
@@ -89,7 +90,7 @@ def _piece_of(form: Form, whole: Form) -> bool:
     if len(form) != len(whole):
         return False
     differing = [at for at, (one, other) in enumerate(zip(form, whole, strict=True)) if one != other]
-    return len(differing) <= 1 and all(at and form[at] < whole[at] for at in differing)
+    return len(differing) <= 1 and all(at and form[at] < whole[at] and whole[at] % form[at] == 0 for at in differing)
 
 
 @dataclass(frozen=True)

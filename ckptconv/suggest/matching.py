@@ -15,10 +15,12 @@ from ckptconv.names import natural_key
 from ckptconv.suggest.assigning import assigned
 from ckptconv.suggest.blocks import families, skeleton, zones
 from ckptconv.suggest.units import Module, Node, Side, Signature, tree_of
-from ckptconv.suggest.words import likeness, place
+from ckptconv.suggest.words import letter, likeness, place
 
 LEVELS = ("certain", "likely", "ambiguous")
 _COMPANY = 6.0  #: against 1 for names and for order: what is there in the same blocks only is the same
+_NOISE = 0.1  #: what names may differ by chance
+_CLEAR = 1.5  #: names that share nothing when they change places
 _TOLD = 4.0  #: a gain that only hints or values give
 _Table = Sequence[Sequence[float]]
 _MOST = 48  #: more of one kind under several names are paired in order
@@ -277,7 +279,10 @@ class _Solver:
         self, ours: Sequence[str], theirs: Sequence[str], voted: _Table, known: _Table
     ) -> tuple[list[tuple[int, int]], dict[int, int], dict[int, tuple[int, ...]]]:
         alike = likeness(ours, theirs)
-        first, second = _places(ours), _places(theirs)
+        first, second = (
+            list(zip(_places(ours), map(letter, ours), strict=True)),
+            list(zip(_places(theirs), map(letter, theirs), strict=True)),
+        )
         last = [one.rpartition(".")[2] for one in ours], [other.rpartition(".")[2] for other in theirs]
         name = [
             [alike[at][to] + _agree(first[at], second[to]) + 0.3 * (last[0][at] == last[1][to]) for to in range(len(theirs))]
@@ -332,15 +337,18 @@ class _Solver:
         if trust > 0.5:
             if name > 0.25 and turn >= 0 and total > 0.25:
                 return 0
-            if total >= 0 and turn > 0:
-                return 1
-            return 1 if total >= 0.4 and name >= 0 else 2
+            if turn > 0:
+                return 1 if total >= 0 and name > -_NOISE else 2
+            # Names against the order: a flag, unless the names are very clear, or other blocks tell.
+            return 1 if name >= _CLEAR or (total >= name + 1 and name >= 0) else 2
         return 0 if min(name, total) > 0.8 else 1 if min(name, total) > 0.4 else 2
 
 
-def _agree(one: int, other: int) -> float:
-    """What it counts for that both names say which of two alike they are."""
-    return 0.0 if not one or not other else 0.3 if one == other else -0.3
+def _agree(one: tuple[int, str], other: tuple[int, str]) -> float:
+    """What it counts for that both names say which of two alike they are; that of queries, keys and values there is no doubt."""
+    place_ = 0.0 if not one[0] or not other[0] else 0.3 if one[0] == other[0] else -0.3
+    letter_ = 0.0 if not one[1] or not other[1] else 0.8 if one[1] == other[1] else -0.8
+    return place_ + letter_
 
 
 def _places(names: Sequence[str]) -> list[int]:

@@ -90,13 +90,14 @@ def _found(task: _Task, source: Manifest, target: Manifest) -> tuple[Suggestion,
     """The suggestion for these manifests as they are."""
     one, other = side_of(source, aliases=not target.ties), side_of(target, aliases=False)
     one, other, *lone = without_lone_buffers(one, other)
+    stored = one, other
     one, other = coarsened(gathered(one, other), other)
     found = outcome(matched(one, other, None if task.told.silent else task.told), one, other)
     task.told.settle(found)
     tie_twins(found, source, target)
     found.unused += lone[0]
     found.missing += lone[1]
-    verdict, reason, causes = judged(found, one, other)
+    verdict, reason, causes = judged(found, one, other, stored)
     rule: Rule | None = None
     if verdict != NOT:
         try:

@@ -33,15 +33,17 @@ class _Names:
     lists: dict[str, tuple[str, ...]] = field(default_factory=dict)  #: look -> its lists, outermost first
 
     def __post_init__(self) -> None:
-        groups: dict[Kind, tuple[list[str], list[list[str]]]] = {}
+        # Keyed by the dtype's identity: the hash of an enum's member costs more than all the rest, half a million times.
+        seen: dict[tuple[str, tuple[int, ...], int], tuple[TensorSpec, list[str], list[list[str]]]] = {}
         look_of, numbers_of = _NUMBER.sub, _NUMBER.findall
         for name, spec in self.manifest.tensors.items():
-            kind = look_of("#", name), spec
-            group = groups.get(kind)
+            own = look_of("#", name), spec.shape, id(spec.dtype)
+            group = seen.get(own)
             if group is None:
-                group = groups[kind] = ([], [])
-            group[0].append(name)
-            group[1].append(numbers_of(name))
+                group = seen[own] = (spec, [], [])
+            group[1].append(name)
+            group[2].append(numbers_of(name))
+        groups = {(look, spec): (names, found) for (look, _, _), (spec, names, found) in seen.items()}
         numbers: dict[str, set[str]] = {}
         for (look, _), (_, found) in groups.items():
             self.lists[look] = tuple(look[: at.end()] for at in re.finditer("#", look))[: len(found[0])]

@@ -14,6 +14,7 @@ from ckptconv.suggest.units import Side, Unit
 from ckptconv.suggest.words import ADAPTERS, OPTIMIZER
 
 LOADS, CONVERTIBLE, LOSSY, NOT = "loads as it is", "convertible", "convertible with loss", "not convertible"
+_FEW_CONVOLUTIONS = 3
 _LEAST = 0.5  #: of a target's elements, heads left out, that a source of the same family fills
 
 
@@ -26,14 +27,14 @@ class Cause:
     templates: tuple[str, ...] = ()
 
 
-def judged(outcome: Outcome, source: Side, target: Side) -> tuple[str, str, list[Cause]]:
-    """The verdict, its reason, and what was found on the way."""
+def judged(outcome: Outcome, source: Side, target: Side, stored: tuple[Side, Side]) -> tuple[str, str, list[Cause]]:
+    """The verdict, its reason, and what was found on the way. ``stored``: both sides before anything was joined."""
     why_not = _no_weights(source)
     if why_not:
         return NOT, why_not, [Cause("not a model", why_not)]
     faults = _faults(outcome, source, target)
     if faults:
-        causes = [*_variants(source, target), *faults]
+        causes = [*(_variants(*stored) or _resized(*stored)), *faults]
         return NOT, causes[0].sentence, causes
     losses = _losses(outcome, source)
     if losses:
@@ -57,7 +58,7 @@ def _no_weights(source: Side) -> str:
 
 def _faults(outcome: Outcome, source: Side, target: Side) -> list[Cause]:
     if not outcome.made:
-        return _resized(source, target) or [Cause("another network", "no tensor of the target can be made of the source's")]
+        return [Cause("another network", "no tensor of the target can be made of the source's")]
     used = {name for made in outcome.made for name in made.source.names}
     filled = {name for made in outcome.made for name in made.target.names}
     ours, theirs = families(source), families(target)
@@ -79,7 +80,7 @@ def _resized(source: Side, target: Side) -> list[Cause]:
     if not differ:
         return []
     one = differ[0]
-    more = f", and {len(differ) - 1:,} more are of other sizes" if len(differ) > 1 else ""
+    more = f"; {len(differ) - 1:,} more of the same names differ" if len(differ) > 1 else ""
     return [
         Cause(
             "sizes", f"{one.name} is {list(shapes[one.name])} in the source and {list(one.shape)} in the target{more}", _templates(differ)
@@ -94,12 +95,11 @@ def _depths(families_: Sequence[Family], used: set[str], side: str) -> list[Caus
         in_use = [part for part, units in family.members.items() if any(unit.name in used for unit in units)]
         idle = [part for part in family.members if part not in set(in_use)]
         kinds = {family.kind(part) for part in in_use}
-        lost = [part for part in idle if family.kind(part) in kinds]
+        lost = [part for part in idle if any(family.kind(part) <= kind or kind <= family.kind(part) for kind in kinds)]
         if lost:
-            have, other = len(family.members), len(family.members) - len(lost)
             what = "would be lost" if side == "source" else "would have no source"
-            found.append(Cause("depth", f"the {side} has {have} of {family.text}, and {len(lost)} of them {what}: there are {other} on the other side",
-                               (family.text,)))  # fmt: skip
+            sentence = f"the {side} has {family.text}, and {len(lost):,} of these {len(family.members):,} {what}"
+            found.append(Cause("depth", sentence, (family.text,)))
     return found
 
 
@@ -156,31 +156,43 @@ def _unused(outcome: Outcome, source: Side, ours: Sequence[Family], used: set[st
 
 
 def _variants(source: Side, target: Side) -> list[Cause]:
-    """What tells two members of a family apart: width, kind of block, depth."""
-    found = []
-    convolutions = [[unit for unit in side.units if len(unit.shape) == 4 and unit.shape[2] == unit.shape[3]] for side in (source, target)]
-    if all(len(each) > 8 for each in convolutions):
-        narrow = [sum(unit.shape[2] == 1 for unit in each) / sum(unit.shape[2] == 3 for unit in each or [each[0]]) if any(unit.shape[2] == 3 for unit in each) else 0
-                  for each in convolutions]  # fmt: skip
-        kinds = ["bottleneck blocks" if each > 1 else "basic blocks" for each in narrow]
-        if kinds[0] != kinds[1]:
-            found.append(Cause("blocks", f"the source has {kinds[0]} and the target has {kinds[1]}: another variant of the model"))
-    elif not any(convolutions) or all(len(each) < 3 for each in convolutions):
-        one, other = _width(source), _width(target)
-        if one and other and one != other:
-            found.append(Cause("width", f"the source is {one:,} wide and the target {other:,}: another size of the model"))
-    depths = [max((len(family.members) for family in families(side) if len(next(iter(family.members.values()))) > 3), default=0)
-              for side in (source, target)]  # fmt: skip
-    if all(depths) and depths[0] != depths[1] and not found:
-        found.append(
-            Cause("depth", f"the source has {depths[0]} blocks in its longest list and the target {depths[1]}: another size of the model")
-        )
+    """What tells two members of a family apart: the kind of block, width, or depth; the first that differs, as it explains the others."""
+    one, other = _blocks(source), _blocks(target)
+    if one and other and one != other:
+        return [Cause("blocks", f"the source has {one} and the target has {other}: another variant of the model")]
+    wide, wanted = _width(source), _width(target)
+    if wide and wanted and wide != wanted:
+        return [Cause("width", f"the source is {wide:,} wide, and the target {wanted:,}: no renaming can change that")]
+    deep, wanted = _depth(source), _depth(target)
+    if deep and wanted and deep != wanted:
+        return [Cause("depth", f"the source has {deep} blocks in its longest list, and the target {wanted}: no renaming can change that")]
+    return []
+
+
+def _blocks(side: Side) -> str:
+    """The kind of a residual network's blocks: two convolutions of 3 pixels, or one between two of 1 pixel; empty for other networks."""
+    kernels = Counter(unit.shape[2] for unit in side.units if len(unit.shape) == 4 and unit.shape[2] == unit.shape[3])
+    if min(kernels[1], kernels[3]) < _FEW_CONVOLUTIONS or kernels[1] + kernels[3] < sum(kernels.values()) - 2:
+        return ""
+    return "bottleneck blocks" if kernels[1] > kernels[3] else "basic blocks"
+
+
+def _depth(side: Side) -> int:
+    """Members of the longest list in which most are alike: of a network that is as wide at its end as at its start."""
+    found = 0
+    for family in families(side):
+        kinds = Counter(map(family.kind, family.members))
+        alike = max(kinds.values())
+        if 3 * alike >= 2 * len(family.members) and len(max(kinds, key=lambda kind: kinds[kind])) > 3:
+            found = max(found, len(family.members))
     return found
 
 
 def _width(side: Side) -> int:
+    """The size of most norms, where nearly all have one: of a network without stages."""
     sizes = Counter(unit.form[1] for unit in side.units if len(unit.form) == 2 and unit.role == "weight")
-    return max(sizes, key=lambda size: (sizes[size], size)) if sizes else 0
+    size, count = max(sizes.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
+    return size if 3 * count >= 2 * sum(sizes.values()) else 0
 
 
 # --- what stays random, or is dropped from inside --------------------------------------------------------------------------------------

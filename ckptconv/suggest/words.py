@@ -96,6 +96,16 @@ def place(name: str) -> int:
     return 2 if _SECOND & set(spelled) else 0
 
 
+def letter(name: str) -> str:
+    """Whether a name is that of queries, keys or values: one of these letters, or nothing.
+
+    >>> [letter(name) for name in ("self.query", "attn.k_proj", "attn.qkv", "out")]
+    ['q', 'k', '', '']
+    """
+    said = [word for word in words(name.rpartition(".")[2]) if set(word) <= _LETTERS]
+    return said[0] if len(said) == 1 and len(said[0]) == 1 else ""
+
+
 def likeness(left: Sequence[str], right: Sequence[str]) -> list[list[float]]:
     """How alike every name of ``left`` is to every one of ``right``, 0 to 1: words that tell none of them apart count little.
 

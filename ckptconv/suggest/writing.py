@@ -266,11 +266,11 @@ def _sample(rule: Rule, source: Manifest, steps: Sequence[Written]) -> list[str]
 
 
 def _two_of_each(names: Sequence[str]) -> list[str]:
-    """Of names that differ in their last number only, those with 0 and 1: enough to see what is stacked."""
+    """Of names that differ in the numbers of lists only, the first two: enough to see what is stacked."""
     seen: dict[str, int] = {}
     kept = []
     for name in names:
-        kind = skeleton(name)
+        kind = ".".join("#" if part.isdigit() else part for part in name.split("."))
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] <= 2:
             kept.append(name)
