@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckptconv.compare import compare
 from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, printable
 from ckptconv.explain import pasted as messages
 from ckptconv.explain.commands import output_of
@@ -15,7 +16,8 @@ from ckptconv.explain.findings import explained
 from ckptconv.explain.sides import Cause, count_of
 from ckptconv.explain.trying import Question
 from ckptconv.names import collapse
-from ckptconv.report.explaining import Explanation, Row, SuggestReport, explanation, rows, sureness
+from ckptconv.plan import as_it_is
+from ckptconv.report.explaining import Drawn, Explanation, Row, SuggestReport, drawn, explanation, rows, sureness
 from ckptconv.report.model import RunReport
 from ckptconv.ruleset import builtin
 from ckptconv.ruleset.model import RuleFile
@@ -109,6 +111,8 @@ def suggest(
         found.verdict, found.reason, text, str(out) if out is not None and text else "", sureness(found, ask.wanted), rows(found), found.missing,
         found.unexpected, tuple(Cause(each.kind, each.sentence, each.templates) for each in found.causes), tuple(settled), ladder, applied,
         () if problems else _next(text, str(source), target, out, applied), problems=problems,
+        draw=lambda: (drawn(rule_of_text(text, ask.name), ask.here, ask.wanted, found) if text
+                      else Drawn("", as_it_is(ask.here), compare(ask.here, ask.wanted))),
     )  # fmt: skip
 
 

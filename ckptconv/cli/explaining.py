@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ckptconv.cli.options import CONTEXT, PARITY, SELECT, TALK, THREADS, TIMEOUT, examples
+from ckptconv.cli.options import CONTEXT, HTML, PARITY, SELECT, TALK, THREADS, TIMEOUT, examples
 from ckptconv.cli.running import Output, guarded
 
 #: An error message of more than this is a log.
@@ -37,8 +37,18 @@ MAX_MESSAGE = 16 << 20
 )
 @SELECT
 @TIMEOUT
+@HTML
 @TALK
-def explain(source: str | None, error: str | None, set_: tuple[str, ...], as_json: bool, quiet: bool, verbose: int, **options: Any) -> int:
+def explain(
+    source: str | None,
+    error: str | None,
+    set_: tuple[str, ...],
+    html: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **options: Any,
+) -> int:
     """Say why SRC does not load into T, in words, and what to type. Reads headers only; nothing is written.
 
     Exit 0 when it loads as it is, 1 when something is to be done, 3 when SRC cannot be read. A code (CK101) in place of SRC is explained too.
@@ -52,6 +62,7 @@ def explain(source: str | None, error: str | None, set_: tuple[str, ...], as_jso
             return 0
         from ckptconv import api
 
+        out.files(None, html, [source, error, options["target"], options["config"]])
         report = api.explain(source, error=_message(error), set=set_, **options)
         out.explanation(report)
         return report.exit_code
@@ -98,8 +109,9 @@ def _message(error: str | None) -> str:
 @SELECT
 @THREADS
 @TIMEOUT
+@HTML
 @TALK
-def suggest(source: str, out: str | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> int:
+def suggest(source: str, out: str | None, html: Path | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> int:
     """Write the rule file that makes SRC load into T, say how sure it is, and try it without writing the output.
 
     Exit 0 when the rule fits and is unambiguous, 1 with findings (something is ambiguous or stays random), 4 when there is none.
@@ -108,6 +120,7 @@ def suggest(source: str, out: str | None, as_json: bool, quiet: bool, verbose: i
     with guarded(output):
         from ckptconv import api
 
+        output.files(None, html, [source, out, options["target"], options["apply"]])
         report = api.suggest(source, out=None if out == "-" else out, **options)
         output.suggestion(report)
         return report.exit_code

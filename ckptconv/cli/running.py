@@ -80,6 +80,10 @@ class Output:
             print_inspection(report, self.console, flat=flat, match=match, tree=tree)
 
     def explanation(self, report: Explanation) -> None:
+        if self.html_file is not None:
+            from ckptconv.report.explaining_page import page_of_explanation
+
+            self.write_page(page_of_explanation(report))
         if self.as_json:
             self.json(report.to_json())
         elif not self.quiet:
@@ -89,6 +93,10 @@ class Output:
 
     def suggestion(self, report: SuggestReport) -> None:
         """The report; a rule that was not written to a file goes to stdout, and the report then to stderr."""
+        if self.html_file is not None:
+            from ckptconv.report.explaining_page import page_of_suggestion
+
+            self.write_page(page_of_suggestion(report))
         if self.as_json:
             self.json(report.to_json())
             return

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ckptconv._version import __version__
-from ckptconv.errors import Problem
+from ckptconv.compare import Allow, Comparison, allowed_by, compare
+from ckptconv.errors import CkptconvError, Problem, printable
 from ckptconv.explain.findings import Findings, Suggested
 from ckptconv.explain.judging import CONVERTIBLE, LOADS, LOSS, MESSAGE, NOT, UNREADABLE, Verdict
 from ckptconv.explain.sides import Cause, Part, Sides, count_of
 from ckptconv.explain.trying import Tried
 from ckptconv.explain.variants import kind_of
 from ckptconv.names import collapse
+from ckptconv.plan import Plan, as_it_is
+from ckptconv.planner import make_plan
+from ckptconv.ruleset.model import RuleFile, parse
 from ckptconv.spec import Manifest
 from ckptconv.verify import Ladder
 
-#: Rules that were tried and did something; more are count_of.
+#: Rules that were tried and did something; more are counted.
 MAX_TRIED = 8
 _DIGITS = re.compile(r"\d+")
 
@@ -83,6 +88,41 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Both sides and what is between them, for views that show it."""
+
+    by: str  #: the rule; empty: as the file is
+    plan: Plan
+    comparison: Comparison
+    rule_texts: Mapping[str, str] = field(default_factory=dict)  #: file -> text, for the lines that origins name
+    doubts: Mapping[str, str] = field(default_factory=dict)  #: ambiguous name of the target -> what else it may be
+
+
+#: Asked for a picture only: planning and comparing a large checkpoint once more is not for nothing.
+Draw = Callable[[], Drawn | None]
+
+
+def drawn(rule: RuleFile, here: Manifest, wanted: Manifest, suggestion: Suggested | None = None) -> Drawn | None:
+    """What ``rule`` makes of ``here`` against ``wanted``; None where it cannot be planned."""
+    try:
+        plan = make_plan(rule, here)
+    except CkptconvError:
+        return None
+    allow = allowed_by(rule.header.target.allow) if rule.header.target is not None else Allow()
+    return Drawn(
+        rule.header.name, plan, compare(plan.manifest, wanted, allow), rule.texts, _doubts(suggestion) if suggestion is not None else {}
+    )
+
+
+def _doubts(suggestion: Suggested) -> dict[str, str]:
+    return {
+        name: f"may also come from {', '.join(map(printable, suggestion.alternatives.get(name, ())[:8]))}".removesuffix(" from ")
+        for name, level in suggestion.confidence.items()
+        if level == "ambiguous"
+    }
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What ``explain`` says."""
 
@@ -101,6 +141,12 @@ class Explanation:
     commands: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()  #: why the source cannot be read
+    draw: Draw = field(default=lambda: None, repr=False, compare=False)  #: by the rule that does it, or as it is
+
+    @cached_property
+    def drawn(self) -> Drawn | None:
+        """Both sides, where names and shapes of both are known; worked out for who looks."""
+        return self.draw()
 
     @property
     def exit_code(self) -> int:
@@ -144,7 +190,23 @@ def explanation(findings: Findings, *, target: str = "", notes: tuple[str, ...] 
         file.beside if file is not None else (), wanted, raw.comparison.coverage if raw is not None and not raw.unknown else None,
         _as_it_is(raw, findings) if raw is not None else "", verdict.word, verdict.sentence, findings.causes,
         _differences(raw) if raw is not None else (), _attempts(findings), rows(findings.suggestion) if findings.suggestion is not None else (), findings.commands, notes, problems,
+        lambda: _drawn(findings),
     )  # fmt: skip
+
+
+def _drawn(findings: Findings) -> Drawn | None:
+    """Both sides by the suggestion, by the one rule that fills most, or as they are; None where only names are known."""
+    raw, suggestion = findings.raw, findings.suggestion
+    if raw is None or raw.unknown:
+        return None
+    by_suggestion = None
+    if suggestion is not None and suggestion.text:
+        by_suggestion = drawn(parse(suggestion.text.encode(), "suggested.yaml"), raw.found, raw.wanted, suggestion)
+    alone = [each for each in findings.tried if len(each.rules) == 1 and each.coverage > raw.comparison.coverage]
+    best = max(alone, key=lambda each: (each.fits, each.coverage), default=None)
+    if by_suggestion is not None or best is None or best.plan is None or best.both is None:
+        return by_suggestion or Drawn("", as_it_is(raw.found), raw.comparison)
+    return Drawn(best.names[0], best.plan, best.both.comparison, best.rules[0].texts)
 
 
 def _state_dict(part: Part, looked_at: Part | None) -> StateDict:
@@ -261,6 +323,12 @@ class SuggestReport:
     applied: Mapping[str, Any] = field(default_factory=dict)  #: what was written: path, tensors, nbytes
     commands: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()  #: why the rule does not plan, fit or verify
+    draw: Draw = field(default=lambda: None, repr=False, compare=False)
+
+    @cached_property
+    def drawn(self) -> Drawn | None:
+        """Both sides, as for an explanation."""
+        return self.draw()
 
     @property
     def ambiguous(self) -> tuple[Row, ...]:
