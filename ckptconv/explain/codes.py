@@ -327,4 +327,9 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "timm:resnet18  [CK505]\n  timm: targets need the package timm\n  try: pip install 'ckptconv[timm]'",
         ("install what the message names",),
     ),
+    "CK506": (
+        "Two runs may not write one output: the later would replace what the earlier has just proved. The one that began first holds a lock beside it.",
+        "out.pth  [CK506]\n  another run is writing this output",
+        ("wait until it is done, or choose another DST", "the message names the file that the other run is writing"),
+    ),
 }  # fmt: skip
