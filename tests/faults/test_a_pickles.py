@@ -54,7 +54,7 @@ REFUSED = [
     ("c011-laughing-lists", pickled(table(x=tensor(), y=LAUGHS)), ("CK304", "the same containers are reached again and again: written out, the file would have no end")),
     ("c012-lists-100000-deep", pickled(DEEP), ("CK304", "the file nests deeper than 64")),
     ("c012-tuples-100000-deep", pickled(b")" + b"\x85" * 100_000), ("CK304", "the file nests deeper than 64")),
-    ("c012-marks-in-marks", pickled(b"(" * 1000), ("CK304", "the pickle nests deeper than 256", "at byte 260 of the pickle")),
+    ("c012-marks-in-marks", pickled(b"(" * 1000), ("CK304", "the pickle nests deeper than 256", "at byte 259 of the pickle")),
     ("c012-dicts-70-deep", pickled((b"}" + text("a")) * 70 + b"N" + b"s" * 70), ("CK304", "the file nests deeper than 64")),
     ("c013-a-dict-in-itself", pickled(b"}q\x00" + text("x") + b"h\x00s"), ("CK304", "a container holds itself")),
     ("c013-a-list-in-itself", pickled(table(x=tensor(), y=b"]q\x00h\x00a")), ("CK304", "a container holds itself")),
@@ -119,7 +119,8 @@ def test_read_without_touching_what_is_asked_for(box, body):
     outcome = box.converts()
     assert "unchanged  1  x" in outcome.out
     assert outcome.peak_nbytes < 50 << 20
-    assert not [event for event in outcome.events if "partial" not in event and "truncate" not in event]
+    # What publishing an output does: its staging, its size, the C library's call to exchange two names.
+    assert not [event for event in outcome.events if not any(word in event for word in ("partial", "truncate", "ctypes.dlopen None"))]
 
 
 # ------------------------------------------------------------------------------------------------------- the corpora of the scanners
