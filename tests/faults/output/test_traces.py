@@ -122,7 +122,8 @@ def test_the_library_of_faults_sees_every_call_that_the_kernel_sees(place, strac
     commands.log.write_bytes(b"")
     assert strace("run", "dataparallel", "in", "out", "--shard-size", "20kB", "--threads", "1", "--quiet", env=env).returncode == 0
     seen = [call for call in commands.calls() if call[0] != "flock"]
-    kernel = [call for call in traced(place) if call[1] != str(place)]
+    # Early write-back is a hint that nothing depends on, and no call that can fail: it is not swept.
+    kernel = [call for call in traced(place) if call[1] != str(place) and call[0] != "sync_file_range"]
     assert len(seen) > 15
     assert sorted(call for call in seen) == sorted(kernel)
 
