@@ -226,8 +226,8 @@ def suggest(
     >>> torch.save({"net.fc.weight": torch.ones(2, 3), "net.fc.bias": torch.ones(2)}, folder / "in.pth")
     >>> torch.save({"out.weight": torch.ones(2, 3), "out.bias": torch.ones(2)}, folder / "model.pth")
     >>> report = ckptconv.suggest(folder / "in.pth", str(folder / "model.pth"), folder / "mine.yaml")
-    >>> report.verdict, report.ladder.reached, ckptconv.convert(torch.load(folder / "in.pth"), folder / "mine.yaml").keys()
-    ('convertible', 'L0 L1 L3', dict_keys(['out.weight', 'out.bias']))
+    >>> report.verdict, report.ladder.reached, list(ckptconv.convert(torch.load(folder / "in.pth"), folder / "mine.yaml"))
+    ('convertible', 'L0 L1 L3', ['out.weight', 'out.bias'])
     """
     from ckptconv import asking
 

@@ -32,11 +32,15 @@ def numbered(**shapes):
 
 
 def filled(manifest):
-    """Distinct numbers, as far as the dtype has them: a value that comes from the wrong place is another value."""
-    state, at = {}, 0
+    """Distinct numbers, as far as the dtype has them: a value that comes from the wrong place is another value.
+
+    None is zero, and no byte 255: as a scale of quantised blocks either is refused.
+    """
+    state, at = {}, 1
     for name, spec in manifest.tensors.items():
         dtype = getattr(torch, spec.dtype.value)
         values = torch.arange(at, at + spec.numel) if spec.dtype is not DType.bool else torch.arange(spec.numel) % 3 == 0
+        values = values % 254 + 1 if spec.dtype is DType.uint8 else values
         state[name] = values.view(spec.shape).to(dtype)
         at += spec.numel
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -92,7 +93,7 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
         from ckptconv import api
 
         given = [rules, source, plan_file, options["config"], *(word.partition("=")[2] for word in options["also"])]
-        out.files(report, html, [*given, None if Path(destination).is_dir() else destination])
+        out.files(report, html, [*given, None if os.path.isdir(destination) else destination])
         settings = {**options, "set": set_, "format": format_}
         if dry_run:
             del settings["verify"]

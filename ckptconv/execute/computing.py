@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ckptconv.errors import FitError, OutputError, Problem, Refusal, printable
+from ckptconv.errors import FitError, Problem, Refusal, printable
 from ckptconv.execute import writeback
 from ckptconv.execute.checksums import Checksums
 from ckptconv.execute.copying import Found, write_at
 from ckptconv.execute.crew import Worker
+from ckptconv.execute.memory import memory_explained
 from ckptconv.execute.memory_run import computed
 from ckptconv.execute.nonfinite import NONFINITE, nonfinite_in
 from ckptconv.execute.ranges import span_of
@@ -62,12 +63,7 @@ class Compute:
             problem = Problem(refusal.code, f"{printable(current.name)}: {refusal.what}", str(current.origin), refusal.found, refusal.try_)
             raise FitError(problem) from None
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class of its own for it
-                raise
-            raise OutputError(
-                Problem("CK503", f"{printable(current.name)}: there is not enough memory", str(current.origin),
-                        f"{self.peak_nbytes:,} bytes needed at once", "--threads 1, or a machine with more memory")
-            ) from None  # fmt: skip
+            raise memory_explained(error, current, self.peak_nbytes) from None
         self.bench.add(found)
         if self.peak_nbytes >= _CHUNK:
             _malloc_trim()(0)

@@ -49,6 +49,16 @@ def peak_nbytes(island: Sequence[Output]) -> int:
     return peak
 
 
+def memory_explained(error: MemoryError | RuntimeError, output: Output, needed: int) -> Exception:
+    """What to raise in the place of ``error``: where it says that memory ran out, how many bytes computing ``output`` needs."""
+    if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class of its own for it
+        return error
+    return OutputError(
+        Problem("CK503", f"{printable(output.name)}: there is not enough memory", str(output.origin), f"{needed:,} bytes needed at once",
+                "--threads 1, or a machine with more memory")
+    )  # fmt: skip
+
+
 def fixed_nbytes(threads: int, *, computes: bool) -> int:
     """What a run needs beside the tensors: the interpreter, torch where something is computed, and the workers' buffers."""
     return (TORCH_NBYTES if computes else PYTHON_NBYTES) + threads * BUFFERS_NBYTES

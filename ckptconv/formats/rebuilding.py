@@ -70,12 +70,11 @@ def _sizes(value: Any, what: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _view(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> tuple[TensorSpec, int, tuple[int, ...]]:
-    """Spec, elements from the first to the last, and strides. Few shapes are many tensors'."""
-    if prod(n or 1 for n in shape) > MAX_ELEMENTS:
-        raise malformed("a tensor repeats its elements beyond measure", code="CK305", found=f"{list(shape)} {dtype}")
+def _view(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> tuple[TensorSpec, int, tuple[int, ...], bool]:
+    """Spec, elements from the first to the last, strides, and whether it has more elements than any tensor can. Few shapes are many tensors'."""
+    beyond = prod(n or 1 for n in shape) > MAX_ELEMENTS
     span = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if 0 not in shape else 0
-    return TensorSpec(shape, dtype), span, strides if 0 not in shape else contiguous_strides(shape)
+    return TensorSpec(shape, dtype), span, strides if 0 not in shape else contiguous_strides(shape), beyond
 
 
 def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | Unsupported:
@@ -93,13 +92,13 @@ def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | 
         raise malformed("a tensor without a dtype", code="CK305")
     width = dtype.nbytes
     available = reference.nbytes // width
-    spec, span, strides = _view(shape, strides, dtype)
+    spec, span, strides, beyond = _view(shape, strides, dtype)
     needed = offset + span
     if needed > available:
         raise malformed(
             "a tensor reaches past the end of its storage", code="CK305", found=f"{needed:,} elements needed, {available:,} stored"
         )
-    if span < spec.numel and spec.numel > MAX_REPEAT * max(available, 1) and spec.nbytes > MAX_EXPANDED:
+    if beyond or (span < spec.numel and spec.numel > MAX_REPEAT * max(available, 1) and spec.nbytes > MAX_EXPANDED):
         raise malformed("a tensor repeats its elements beyond measure", code="CK305", found=f"{spec}, {available:,} elements stored")
     return Placed(spec, reference.storage, offset * width, strides, bool(arguments[4]) if len(arguments) > 4 else False)
 

@@ -165,17 +165,8 @@ def print_suggestion(report: SuggestReport, console: Console, verbose: int = 0) 
     for cause in report.causes[: None if verbose else MAX_CAUSES]:
         if cause.sentence not in report.sentence:
             _say(console, f"  {cause.kind}", safe(cause.sentence, 700), "cyan", width=16)
-    if report.sure:
-        _say(
-            console, "sure", Text(", ".join(f"{level} {share:.1%}" for level, share in report.sure.items()) + " of the model's parameters")
-        )
-    _print_rows(report, console, verbose)
-    for title, names in (("no source", report.missing), ("left out", report.unexpected)):
-        if names:
-            templates = [str(each) for each in collapse(names)]
-            most = len(templates) if verbose else MAX_LEFT
-            more = f" and {len(templates) - most} more templates" if len(templates) > most else ""
-            _say(console, title, safe(", ".join(templates[:most]), 2000).append(more))
+    if report.verdict != "not convertible" or verbose:  # of a mapping that leads nowhere, nobody asks how sure it is
+        _print_mapping(report, console, verbose)
     print_ladder(report.ladder, console)
     for sentence in report.settled:
         _say(console, "settled", safe(sentence, 400))
@@ -186,6 +177,20 @@ def print_suggestion(report: SuggestReport, console: Console, verbose: int = 0) 
     if report.applied:
         _say(console, "written", safe(report.applied["path"]).append(f"  {report.applied['tensors']:,} tensors"))
     print_commands(report.commands, console)
+
+
+def _print_mapping(report: SuggestReport, console: Console, verbose: int) -> None:
+    """How sure it is, by parameters; what is not; and what either side has alone."""
+    if report.sure:
+        shares = ", ".join(f"{level} {share:.1%}" for level, share in report.sure.items())
+        _say(console, "sure", Text(f"{shares} of the model's parameters"))
+    _print_rows(report, console, verbose)
+    for title, names in (("no source", report.missing), ("left out", report.unexpected)):
+        if names:
+            templates = [str(each) for each in collapse(names)]
+            most = len(templates) if verbose else MAX_LEFT
+            more = f" and {len(templates) - most} more templates" if len(templates) > most else ""
+            _say(console, title, safe(", ".join(templates[:most]), 2000).append(more))
 
 
 def _print_rows(report: SuggestReport, console: Console, verbose: int) -> None:

@@ -90,7 +90,7 @@ class Cast(Transform):
         wide = values.to(torch.float64) if values.dtype == torch.float64 or wanted == torch.float32 else values.to(torch.float32)
         low, high = torch.aminmax(wide)
         if -edge < low.item() and high.item() < edge:  # nearly always, and without a NaN: one look instead of six
-            return wide.to(wanted)
+            return self._counted(wide, wide.to(wanted))
         over = torch.isfinite(wide) & (wide.abs() >= edge if wanted != torch.float64 else torch.zeros_like(wide, dtype=torch.bool))
         lost = over | (torch.isinf(wide) if self.dtype in _NO_INFINITY else torch.zeros_like(over))
         if self.overflow == "error" or (self.overflow == "inf" and self.dtype in _NO_INFINITY):
@@ -99,12 +99,18 @@ class Cast(Transform):
             wide = torch.where(lost, torch.copysign(torch.full_like(wide, info.max), wide), wide)
         else:
             wide = torch.where(over, torch.copysign(torch.full_like(wide, float("inf")), wide), wide)
-        result = wide.to(wanted)
-        flushed = (result.to(torch.float32) if result.element_size() == 1 else result) == 0
-        notice(f"flushed to zero by the cast to {self.dtype}", int((flushed & (wide != 0)).sum()))
+        result = self._counted(wide, wide.to(wanted))
         if self.overflow != "error":
             what = "saturated" if self.overflow == "saturate" else "made infinite"
             notice(f"{what} by the cast to {self.dtype}", int((over | lost).sum()))
+        return result
+
+    def _counted(self, wide: Tensor, result: Tensor) -> Tensor:
+        """``result``, and what became zero in it noticed. Zero stays zero, so that two counts tell."""
+        import torch
+
+        left = torch.count_nonzero(result.to(torch.float32) if result.element_size() == 1 else result)
+        notice(f"flushed to zero by the cast to {self.dtype}", int(torch.count_nonzero(wide) - left))
         return result
 
     def _refuse(self, bad: Tensor, values: Tensor, at: int, reason: str) -> None:

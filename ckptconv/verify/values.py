@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptconv.errors import Problem, printable
+from ckptconv.execute.memory import memory_explained, peak_nbytes
 from ckptconv.execute.memory_run import computed
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Placed
@@ -56,10 +57,14 @@ def conserved(
         if not made:
             continue
         ordered = all(output.name in compared for output in made)
-        if ordered and _balanced(island) and _same_elements(island, source, opened, written, reopened):
-            proved += len(made)
-            continue
-        for name, equal in _second_run(island, source, opened, written, reopened).items():
+        try:
+            if ordered and _balanced(island) and _same_elements(island, source, opened, written, reopened):
+                proved += len(made)
+                continue
+            again = _second_run(island, source, opened, written, reopened)
+        except (MemoryError, RuntimeError) as error:
+            raise memory_explained(error, made[0], peak_nbytes(island)) from None
+        for name, equal in again.items():
             recomputed += equal
             if not equal:
                 problems.append(Problem("CK409", f"{printable(name)}: the written values are not those of the plan"))

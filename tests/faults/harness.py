@@ -22,7 +22,9 @@ from typing import Any
 SECONDS, MB = 5, 512
 #: A target is built in a process of its own, which is asked through a temporary file that has no name.
 _CHILD = re.compile(r"^(subprocess\.Popen|os\.posix_spawn|os\.fork|tempfile\.)|^(open|os\.remove) (\.\./)*(\.\.|[a-z0-9_]{8})$")
-_STAGING = re.compile(r"^(open|os\.(remove|link|rename|mkdir|rmdir)|shutil\.rmtree) \.out[^ /]*\.partial(/|$)|^os.truncate [0-9]+$")
+_STAGING = re.compile(
+    r"^(open|os\.(remove|link|rename|mkdir|rmdir)|shutil\.rmtree) \.out[^ /]*\.partial(/|$)|^os.truncate [0-9]+$|^ctypes\.dlopen None$"
+)
 #: Passes everything: what is wrong lies in the source.
 PASS = "version: 1\nname: pass\nsummary: passes everything\nsteps:\n  - drop: {keys: nothing.at.all, optional: true}\n"
 

@@ -352,7 +352,7 @@ def test_the_rungs_of_the_ladder(case, tmp_path, monkeypatch, level, how, rungs)
         except Failed as failed:
             raise FitError(failed.problem) from None
 
-    monkeypatch.setattr("ckptconv.verify.parity.parity", in_this_process)
+    monkeypatch.setattr(sys.modules["ckptconv.verify.parity"], "parity", in_this_process)
     request = case(**{name: value for name, value in (how or {}).items() if name != "golden"})
     if how and "golden" in how:
         namespace = {}
