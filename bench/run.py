@@ -35,7 +35,7 @@ class Bench:
     def measure(self, title: str, what: str, contenders: Mapping[str, Sequence[str]], base: str, musts: Sequence[Must]) -> None:
         """Runs the contenders, prints their table and adds it to the section ``title``."""
         print(f"{title}: {what}", file=sys.stderr)
-        found = Rounds(contenders, self.rounds, environment(self.folder))
+        found = Rounds(contenders, self.rounds, environment(self.folder), self.folder)
         text = f"{what[:1].upper()}{what[1:]}; {self.rounds} rounds on {machine(self.folder)}.\n\n{table(found, base, musts)}"
         print(text, flush=True)
         self._sections.setdefault(title, []).append(text)

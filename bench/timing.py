@@ -25,11 +25,14 @@ class Measured:
 class Rounds:
     """What all contenders took, round by round. The first round warms the cache and is not counted."""
 
-    def __init__(self, contenders: Mapping[str, Sequence[str]], rounds: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, contenders: Mapping[str, Sequence[str]], rounds: int, environment: Mapping[str, str], folder: Path) -> None:
         self.found: dict[str, list[Measured]] = {name: [] for name in contenders}
+        before = _below(folder)
         for at in range(rounds + 1):
             for name, command in contenders.items():
                 measured = timed(command, environment)
+                # Every contender makes its output anew: replacing an old one costs differently by how it is done.
+                _remove(_below(folder) - before)
                 if at:
                     self.found[name].append(measured)
             print(f"  round {at} of {rounds}" if at else "  warm", file=sys.stderr, flush=True)
@@ -46,6 +49,16 @@ class Rounds:
     def ratio(self, name: str, base: str) -> float:
         """The median of the ratios within a round."""
         return statistics.median(mine.seconds / its.seconds for mine, its in zip(self.found[name], self.found[base], strict=True))
+
+
+def _below(folder: Path) -> set[Path]:
+    """Everything in the folder but compiled modules."""
+    return {path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != "pycache"}
+
+
+def _remove(paths: set[Path]) -> None:
+    for path in sorted(paths, reverse=True):  # what is in a folder before the folder
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def timed(command: Sequence[str], environment: Mapping[str, str]) -> Measured:

@@ -70,6 +70,11 @@ def _run() -> int:
         sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != working]
     import gc
 
+    # Plans are hundreds of thousands of small objects without cycles: looking for cycles among them again and again costs half the time.
+    gc.set_threshold(200_000, 50, 50)
+
+    # Looking through all installed packages for plugins of pydantic takes longer than most of our commands.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     import click
 
     from ckptconv.cli import cli
@@ -77,9 +82,6 @@ def _run() -> int:
     from ckptconv.errors import CkptconvError
 
     guard_streams()
-    # Plans are hundreds of thousands of small objects without cycles: looking for cycles among them again and again costs half the time.
-    gc.set_threshold(200_000, 50, 50)
-
     try:
         code = cli(prog_name="ckptconv", standalone_mode=False)
         sys.stdout.flush()
