@@ -27,6 +27,10 @@ def nonfinite_in(tensor: Tensor) -> int:
     flat, count = tensor.view(-1), 0
     for at in range(0, flat.numel(), _CHUNK):
         part = flat[at : at + _CHUNK]
+        if not part.is_complex() and part.element_size() > 1:
+            low, high = torch.aminmax(part)  # NaN where there is one; many times faster than looking at each
+            if torch.isfinite(low) and torch.isfinite(high):
+                continue
         count += part.numel() - int(torch.isfinite(part if part.element_size() > 1 else part.to(torch.float32)).sum())
     return count
 

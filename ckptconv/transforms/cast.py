@@ -109,6 +109,8 @@ class Cast(Transform):
         """``result``, and what became zero in it noticed. Zero stays zero, so that two counts tell."""
         import torch
 
+        if result.element_size() > 1 and result.numel() and torch.aminmax(result.abs()).min.item() > 0:
+            return result  # no zero in it, and no NaN: seen in a quarter of the time that counting takes
         left = torch.count_nonzero(result.to(torch.float32) if result.element_size() == 1 else result)
         notice(f"flushed to zero by the cast to {self.dtype}", int(torch.count_nonzero(wide) - left))
         return result
