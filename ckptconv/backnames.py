@@ -440,7 +440,7 @@ def _line(wanted: Sequence[int], columns: Mapping[str, Sequence[int]]) -> Formul
                 return Formula(f"{line(other, *found)} + {name}")
     for name, column in columns.items():  # the other way round: every second index
         found = _through(wanted, column)
-        if found is not None and found[0] > 1:
+        if found is not None and found[0] > 1 and len(set(column)) > 2:
             return Formula(solved(name, *found))
     return None
 
