@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 SECONDS ?= 600
+SEED    ?= 0
 
 .PHONY: help setup demo test torture fuzz lint format bench cases schema convert clean
 .DEFAULT_GOAL := help
@@ -62,7 +63,7 @@ bench: $(READY)
 
 # SECONDS in all, shared by the targets. atheris comes with requirements/dev.txt where it has a wheel.
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) --seed $(SEED)
 
 # Real conversions with proved results. They are not part of the repository: the folder is given, or lies beside the checkout.
 CASES ?= ../shared/cases

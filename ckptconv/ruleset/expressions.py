@@ -384,7 +384,10 @@ def _call(node: Node, lookup: Lookup) -> Any:
     if name in ("shape", "has"):
         if len(values) > 1 or not all(isinstance(value, str) for value in values) or (name == "has" and not values):
             raise Refusal(f"{name}() takes the name of one tensor, as text", code="CK104", found=printable(values))
-        return lookup(name)(*values)
+        function = lookup(name)
+        if not callable(function):  # a variable of that name
+            raise Refusal(f"{name} is a variable here, and cannot be called", code="CK104", try_="another name for the variable")
+        return function(*values)
     function = FUNCTIONS[name]
     assert function is not None
     return function(*values)

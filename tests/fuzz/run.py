@@ -49,6 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--seconds", type=float, default=600, help="in all, shared by the targets")
+    parser.add_argument("--seed", type=int, default=0, help="the same inputs every time, as far as the time reaches; 0: others")
     known = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
         print("atheris is not installed (it has no wheel for this Python or system): nothing is fuzzed; the test suite still tries mutants")
@@ -62,7 +63,7 @@ def main() -> int:
         words = WORDS.get("pickle" if name in ("legacy", "zipped-pickle") else name, [])
         arguments = _prepared(name, corpus[name], words)
         seconds = max(1, int(known.seconds / len(names)))
-        command = [sys.executable, str(Path(__file__)), "--inside", name, *arguments, f"-max_total_time={seconds}"]
+        command = [sys.executable, str(Path(__file__)), "--inside", name, *arguments, f"-max_total_time={seconds}", f"-seed={known.seed}"]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
         lines = done.stderr.splitlines()
         runs = next((line.split()[-1] for line in lines if "number_of_executed_units" in line), "?")

@@ -72,3 +72,9 @@ def test_what_has_no_value_says_why(text, message):
     with pytest.raises(Refusal) as refusal:
         evaluate(parse(text), lookup)
     assert (refusal.value.code, refusal.value.what) == ("CK104", message)
+
+
+def test_what_is_no_function_is_not_called():
+    with pytest.raises(Refusal) as refusal:
+        evaluate(parse("shape('w')"), lambda _name: 3)
+    assert (refusal.value.code, refusal.value.what) == ("CK104", "shape is a variable here, and cannot be called")
