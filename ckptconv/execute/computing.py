@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ckptconv.errors import FitError, Problem, Refusal, printable
-from ckptconv.execute import writeback
+from ckptconv.execute import arrays, writeback
 from ckptconv.execute.checksums import Checksums
 from ckptconv.execute.copying import Found, write_at
 from ckptconv.execute.crew import Worker
@@ -19,6 +19,7 @@ from ckptconv.execute.nonfinite import NONFINITE, nonfinite_in
 from ckptconv.execute.ranges import span_of
 from ckptconv.execute.sources import bytes_of, checksum_mismatch
 from ckptconv.plan import Apply, Output, Read
+from ckptconv.spec import DType
 from ckptconv.transforms import Cast
 from ckptconv.transforms.noticing import notice, noticing
 
@@ -38,6 +39,7 @@ class Compute:
     island: Sequence[Output]
     bench: Bench
     peak_nbytes: int
+    without_torch: bool = False  #: it is of the kinds that :mod:`~ckptconv.execute.arrays` knows
 
     def run(self, worker: Worker) -> None:
         """Raises :class:`~ckptconv.errors.FitError`, with the output's name and its rule, for values that a transform refuses, and
@@ -50,7 +52,7 @@ class Compute:
             if by_pieces:
                 found.noticed |= {current.name: dict(counts)} if counts else {}
             else:
-                results = computed(self.island, lambda node: self._read(node, found))
+                results = self._results(found)
                 for current in self.island:
                     with noticing() as counts:
                         _, value = next(results)
@@ -68,17 +70,32 @@ class Compute:
         if self.peak_nbytes >= _CHUNK:
             _malloc_trim()(0)
 
+    def _results(self, found: Found) -> Iterator[tuple[Output, Any]]:
+        """The outputs one after the other: tensors of torch, or arrays of numpy."""
+        if self.without_torch and not arrays.is_plain_cast(self.island, self.bench.placed):
+            return computed(self.island, lambda node: self._read_array(node, found), arrays.apply)
+        return computed(self.island, lambda node: self._read(node, found))
+
     def _read(self, node: Read, found: Found) -> Tensor:
-        """A source tensor. Its checksums are taken now, while its bytes are in the cache: it need not be read again for them."""
         placed = self.bench.placed[node.name]
         value = self.bench.sources.read_tensor(placed)
+        self._summed(node, bytes_of(value), found)
+        return value
+
+    def _read_array(self, node: Read, found: Found) -> Any:
+        value = arrays.read(self.bench.sources, self.bench.placed[node.name])
+        self._summed(node, arrays.bytes_of(value), found)
+        return value
+
+    def _summed(self, node: Read, data: memoryview, found: Found) -> None:
+        """Takes a source tensor's checksums now, while its bytes are in the cache: it need not be read again for them."""
         if self.bench.digests:
+            placed = self.bench.placed[node.name]
             span = span_of(placed)
             recorded = placed.storage.crc32 if placed.contiguous and span.is_storage else None
             sums = Checksums(crc=recorded is not None, digest=True)
-            sums.update(bytes_of(value))
+            sums.update(data)
             self._checked(node.name, sums, recorded, found)
-        return value
 
     def _checked(self, name: str, sums: Checksums, recorded: int | None, found: Found) -> None:
         storage = self.bench.placed[name].storage
@@ -90,15 +107,23 @@ class Compute:
 
     def _store(self, worker: Worker, output: Output, value: Any, found: Found) -> None:
         file, offset = self.bench.where[output.name]
-        value = value.detach().resolve_conj().resolve_neg().contiguous()
-        notice(NONFINITE, nonfinite_in(value))
-        data = bytes_of(value)
+        data = self._plain_bytes(value, output.expr.spec.dtype)
         sums = Checksums(crc=self.bench.wants_crc[file], digest=True)
         for at in range(0, len(data), _CHUNK):
             part = data[at : at + _CHUNK]
             sums.update(part)
             self._write(worker, file, offset + at, part)
         found.note(output.name, sums)
+
+    def _plain_bytes(self, value: Any, dtype: DType) -> memoryview:
+        """An output's bytes in order, and what is not finite in it noticed."""
+        if not hasattr(value, "detach"):  # an array
+            value = arrays.contiguous(value)
+            notice(NONFINITE, arrays.nonfinite_in(value, dtype))
+            return arrays.bytes_of(value)
+        value = value.detach().resolve_conj().resolve_neg().contiguous()
+        notice(NONFINITE, nonfinite_in(value))
+        return bytes_of(value)
 
     def _write(self, worker: Worker, file: str, offset: int, part: memoryview) -> None:
         with self.bench.writing(file) as descriptor:
@@ -118,25 +143,23 @@ class Compute:
         placed = self.bench.placed[node.name]
         if not placed.contiguous or not placed.spec.numel:
             return False
-        import torch
-
         span = span_of(placed)
         recorded = placed.storage.crc32 if self.bench.digests and span.is_storage else None
         before = Checksums(crc=recorded is not None, digest=self.bench.digests)
         file, offset = self.bench.where[output.name]
         after = Checksums(crc=self.bench.wants_crc[file], digest=True)
-        raw = torch.empty(min(_ROWS_NBYTES, span.nbytes), dtype=torch.uint8)
-        dtype: torch.dtype = getattr(torch, placed.spec.dtype.value)
+        raw = memoryview(bytearray(min(_ROWS_NBYTES, span.nbytes)))
+        caster = arrays.Caster(placed.spec.dtype, expr.transform.dtype) if self.without_torch else None
         for at in range(0, span.nbytes, _ROWS_NBYTES):
             part = raw[: min(_ROWS_NBYTES, span.nbytes - at)]
-            self.bench.sources.read_into(placed.storage.file, placed.storage.offset + placed.offset + at, bytes_of(part))
-            before.update(bytes_of(part))
-            try:
-                value = expr.transform.apply(part.view(dtype))
-            except Refusal:
-                return False
-            notice(NONFINITE, nonfinite_in(value))
-            data = bytes_of(value)
+            self.bench.sources.read_into(placed.storage.file, placed.storage.offset + placed.offset + at, part)
+            before.update(part)
+            data = caster.cast(part) if caster is not None else None
+            if data is None:
+                try:
+                    data = _cast_by_torch(expr.transform, part, placed.spec.dtype)
+                except Refusal:
+                    return False
             after.update(data)
             self._write(worker, file, offset, data)
             offset += len(data)
@@ -146,6 +169,14 @@ class Compute:
             self._checked(node.name, before, recorded, found)
         found.note(output.name, after)
         return True
+
+
+def _cast_by_torch(transform: Cast, part: memoryview, source: DType) -> memoryview:
+    import torch
+
+    value = transform.apply(torch.frombuffer(part, dtype=getattr(torch, source.value)))
+    notice(NONFINITE, nonfinite_in(value))
+    return bytes_of(value)
 
 
 def kernel_threads(count: int) -> Callable[[], None]:

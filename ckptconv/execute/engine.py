@@ -124,13 +124,15 @@ def fill(
             for batch in batches(sorted(found, key=lambda copy: copy.destination))
         ]
         if groups:
+            from ckptconv.execute import arrays
             from ckptconv.execute.computing import Compute, kernel_threads
 
-            stack.callback(kernel_threads(1 if sum(sorted(peaks)[-threads:]) <= budget else threads))
+            suits = arrays.suits(groups, everything)
+            computes = [Compute(group, bench, peak, suits(group)) for group, peak in zip(groups, peaks, strict=True)]
+            if not all(task.without_torch for task in computes):
+                stack.callback(kernel_threads(1 if sum(sorted(peaks)[-threads:]) <= budget else threads))
             # The largest islands first: the last worker to finish then has a small one.
-            tasks += sorted(
-                (Compute(group, bench, peak) for group, peak in zip(groups, peaks, strict=True)), key=lambda task: -task.peak_nbytes
-            )
+            tasks += sorted(computes, key=lambda task: -task.peak_nbytes)
         workers = Crew(threads, progress or (lambda _: None), budget).run(tasks)
     for name, value in seen.crc32.items():
         crc32[where[name][0]].setdefault(name, value)

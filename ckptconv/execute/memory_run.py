@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Placed
 from ckptconv.plan import Apply, Expr, Fill, Output, Plan, Read, walk
+from ckptconv.transforms.base import Transform
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Value = TypeVar("Value")
 
-def computed(outputs: Sequence[Output], read: Callable[[Read], Tensor]) -> Iterator[tuple[Output, Tensor]]:
-    """Each output with its value, in order. A node is computed once, and forgotten after its last use."""
+
+def _kernel(transform: Transform, *arguments: Any) -> Any:
+    return transform.apply(*arguments)
+
+
+def computed(
+    outputs: Sequence[Output], read: Callable[[Read], Value], apply: Callable[..., Value] = _kernel
+) -> Iterator[tuple[Output, Value]]:
+    """Each output with its value, in order. A node is computed once, and forgotten after its last use.
+
+    ``apply`` is called with a transform and its arguments; where nothing is said, the transform's own kernel, on torch's tensors.
+    """
     uses = _exact_uses(outputs)
-    values: dict[Expr, Tensor] = {}
+    values: dict[Expr, Value] = {}
 
     def release(node: Expr) -> None:
         uses[node] -= 1
@@ -29,7 +41,7 @@ def computed(outputs: Sequence[Output], read: Callable[[Read], Tensor]) -> Itera
             if node in done:
                 continue
             done.add(node)
-            values[node] = _value(node, values, read)
+            values[node] = _value(node, values, read, apply)
             for argument in node.arguments:
                 release(argument)
         value = values[output.expr]
@@ -48,7 +60,7 @@ def _exact_uses(outputs: Sequence[Output]) -> dict[Expr, int]:
     return uses
 
 
-def _value(node: Expr, values: Mapping[Expr, Tensor], read: Callable[[Read], Tensor]) -> Tensor:
+def _value(node: Expr, values: Mapping[Expr, Value], read: Callable[[Read], Value], apply: Callable[..., Value]) -> Any:
     if isinstance(node, Read):
         return read(node)
     if isinstance(node, Fill):
@@ -56,7 +68,7 @@ def _value(node: Expr, values: Mapping[Expr, Tensor], read: Callable[[Read], Ten
 
         return fill(node.recipe, node.value, node.seed, node.spec.shape, node.spec.dtype)
     assert isinstance(node, Apply)
-    return node.transform.apply(*(values[argument] for argument in node.arguments))
+    return apply(node.transform, *(values[argument] for argument in node.arguments))
 
 
 def evaluate(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
