@@ -106,14 +106,15 @@ def _made(kind: str, folder: Path, gigabytes: float) -> None:
 
 def _header_only(path: Path, count: int) -> None:
     """A safetensors file whose data is a hole: for plans, which read nothing else."""
+    size = 4 * 64 * 64
     entries = {
-        f"blocks.{at // 10}.part{at % 10}.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [64 * at, 64 * at + 64]}
+        f"blocks.{at // 10}.part{at % 10}.weight": {"dtype": "F32", "shape": [64, 64], "data_offsets": [size * at, size * at + size]}
         for at in range(count)
     }
     header = json.dumps(entries, separators=(",", ":")).encode()
     with path.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
-        stream.truncate(8 + len(header) + 64 * count)
+        stream.truncate(8 + len(header) + size * count)
 
 
 def _shards(state: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:

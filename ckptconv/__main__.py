@@ -71,7 +71,7 @@ def _run() -> int:
     import gc
 
     # Plans are hundreds of thousands of small objects without cycles: looking for cycles among them again and again costs half the time.
-    gc.set_threshold(200_000, 50, 50)
+    gc.set_threshold(2_000_000, 50, 50)
 
     # Looking through all installed packages for plugins of pydantic takes longer than most of our commands.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")

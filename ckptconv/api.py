@@ -301,6 +301,7 @@ def verify(
             source_digests=digests,
             target=prepared.target,
             wanted=prepared.wanted,
+            builder=prepared.builder,
             allow=prepared.allow,
             parity=compared,
         )
@@ -311,8 +312,9 @@ def verify(
         wanted_target = target.parse(target_word, origin="command line", base=None)
         wish = parity_words(chosen.parity, wanted_target, chosen.level)
         compared = wish.request(path, written.container.path) if wish else None
-        wanted = target.manifest_of(wanted_target, timeout=chosen.timeout)
-        evidence = replace(bare, target=wanted_target, wanted=wanted, parity=compared)
+        builder = target.Builder(wanted_target) if wanted_target.is_model else None
+        wanted = builder.manifest(chosen.timeout) if builder is not None else target.manifest_of(wanted_target, timeout=chosen.timeout)
+        evidence = replace(bare, target=wanted_target, wanted=wanted, builder=builder, parity=compared)
         report = RunReport(
             "verify", {}, {}, about, (), written.contents.warnings, target=target_word, comparison=compare(written.manifest, wanted),
             plan=as_it_is(written.manifest),

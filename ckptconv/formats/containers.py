@@ -17,8 +17,8 @@ from typing import Any
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Container, Contents, Foreign, Placed, Unsupported
-from ckptconv.formats.pickle_machine import allowance
 from ckptconv.formats.rebuilding import Global, Ordered, StorageRef
+from ckptconv.formats.strict import allowance
 from ckptconv.names import unusable
 
 #: docs/limits.md; the second and third grow with the checkpoint.
@@ -57,7 +57,7 @@ def contents_from_tree(
 def check_tree(tree: Any, times: int = 1) -> None:
     """Refuses a tree that contains itself, nests too deep, or would be too large when every shared part is written out.
 
-    ``times`` multiplies the limit on its size, see :func:`ckptconv.formats.pickle_machine.allowance`.
+    ``times`` multiplies the limit on its size, see :func:`ckptconv.formats.strict.allowance`.
     """
     weights: dict[int, int] = {}  # containers and dict entries, with all below; 0 while it is open
     heights: dict[int, int] = {}  # 1 where it is not here

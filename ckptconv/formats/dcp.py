@@ -16,8 +16,8 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Contents, Foreign, Keyed, Placed
 from ckptconv.formats.containers import contents_from_tree
-from ckptconv.formats.pickle_machine import MAX_PICKLE, allowance, run
-from ckptconv.formats.strict import opened, read_at
+from ckptconv.formats.pickle_machine import MAX_PICKLE, run
+from ckptconv.formats.strict import allowance, opened, read_at
 from ckptconv.formats.torch_zip_reader import read_embedded
 from ckptconv.spec import Box, TensorSpec
 

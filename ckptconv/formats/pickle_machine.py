@@ -18,7 +18,7 @@ from ckptconv.formats.strangers import refused_reason
 from ckptconv.spec import MAX_ELEMENTS
 
 #: What a pickle may cost (docs/limits.md): about two seconds and 400 MB, room for 150,000 tensors. The first four grow with the checkpoint,
-#: see :func:`allowance`.
+#: see :func:`~ckptconv.formats.strict.allowance`.
 MAX_PICKLE = 64 << 20  #: bytes
 MAX_STEPS = 6_000_000
 MAX_OBJECTS = 1_500_000
@@ -29,15 +29,6 @@ MAX_MARKS = 256
 MAX_INTEGER_BYTES = 32
 #: (storage class name, key, element count, view metadata) -> the storage. Raises Refusal for one that is not there.
 Resolve = Callable[[str, str, int, Any], StorageRef]
-
-
-def allowance(nbytes: int) -> int:
-    """How many times the limits a checkpoint of this many bytes gets: who ships a hundred GiB may have the names that go with them.
-
-    >>> allowance(1 << 20), allowance(10 << 30)
-    (1, 11)
-    """
-    return 1 + (nbytes >> 30)
 
 
 def run(raw: bytes, resolve: Resolve, start: int = 0, *, times: int = 1) -> tuple[Any, int]:

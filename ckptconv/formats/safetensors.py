@@ -19,11 +19,12 @@ from typing import Any
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Container, Contents, Converted, FileLayout, Placed, Slot, Storage
-from ckptconv.formats.strict import opened, parse_json, read_at
+from ckptconv.formats.strict import allowance, opened, parse_json, read_at
 from ckptconv.names import unusable
 from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, Manifest, TensorSpec, contiguous_strides
 
-MAX_HEADER = 50_000_000  #: bytes (docs/limits.md); the reference library stops at twice as many
+MAX_HEADER = 50_000_000  #: bytes (docs/limits.md), of a file below 1 GiB
+_REFERENCE_HEADER = 100_000_000  #: where the reference library stops
 METADATA = "__metadata__"
 #: Where the data starts is a multiple of this, unless it keeps its source's place in a page: then of what the reference writer keeps to.
 ALIGNMENT = 64
@@ -51,6 +52,15 @@ def _broken(what: str, *, found: str = "", try_: str = "") -> Refusal:
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
+def max_header(nbytes: int) -> int:
+    """Bytes that the header of a file of ``nbytes`` may have: what it describes is most of an honest file.
+
+    >>> max_header(1 << 20), max_header(10 << 30)
+    (50000000, 100000000)
+    """
+    return min(_REFERENCE_HEADER, MAX_HEADER * allowance(nbytes))
+
+
 def read(path: Path) -> Contents:
     """The tensors of a safetensors file, in the header's order, in one container ``.``.
 
@@ -62,14 +72,14 @@ def read(path: Path) -> Contents:
         if size < 8:
             raise Refusal("the file is too short for safetensors", code="CK302", found=f"{size} bytes")
         (length,) = struct.unpack("<Q", read_at(descriptor, 8, 0))
-        if length > MAX_HEADER:
-            raise _broken(f"the header says that it is longer than {MAX_HEADER:,} bytes", found=f"{length:,} bytes")
+        if length > max_header(size):
+            raise _broken(f"the header says that it is longer than {max_header(size):,} bytes", found=f"{length:,} bytes")
         if 8 + length > size:
             raise Refusal("the file ends inside its header", code="CK302", found=f"{size:,} bytes, the header needs {8 + length:,}")
         raw = read_at(descriptor, length, 8)
     if not raw.startswith(b"{"):
         raise _broken("the header must be a JSON object", found=printable(repr(raw[:20])))
-    header = parse_json(raw, code="CK307")
+    header = parse_json(raw, code="CK307", times=allowance(size))
     metadata = _metadata(header.pop(METADATA, {}))
     tensors, unsupported, warnings = _tensors(header, data_start=8 + length, data_nbytes=size - 8 - length)
     aliases = {key: kept for key, kept in metadata.items() if _is_alias(key, kept, tensors) and key not in unsupported}
@@ -96,6 +106,7 @@ def _tensors(header: dict[str, Any], *, data_start: int, data_nbytes: int) -> tu
     unsupported: dict[str, str] = {}
     ranges: list[tuple[int, int, str]] = []
     unknown: list[str] = []
+    alike: dict[tuple[str, tuple[int, ...]], tuple[TensorSpec, tuple[int, ...]]] = {}  # half a million tensors have a few dozen shapes
     for name, entry in header.items():
         reason = unusable(name)
         if reason is not None:
@@ -110,10 +121,11 @@ def _tensors(header: dict[str, Any], *, data_start: int, data_nbytes: int) -> tu
         if code not in CODE_DTYPES:
             unsupported[name] = code
             continue
-        if code == "F4":
-            shape = (*shape[:-1], shape[-1] // 2)
-        storage = Storage(0, data_start + begin, end - begin)
-        tensors[name] = Placed(TensorSpec(shape, CODE_DTYPES[code]), storage, 0, contiguous_strides(shape))
+        known = alike.get((code, shape))
+        if known is None:
+            stored = (*shape[:-1], shape[-1] // 2) if code == "F4" else shape
+            known = alike[code, shape] = TensorSpec(stored, CODE_DTYPES[code]), contiguous_strides(stored)
+        tensors[name] = Placed(known[0], Storage(0, data_start + begin, end - begin), 0, known[1])
     _check_tiling(sorted(ranges), data_nbytes)
     return tensors, unsupported, tuple(_unknown_fields(unknown, header))
 
@@ -241,8 +253,8 @@ class SafetensorsWriter:
         phase = next((wish % PAGE for wish in wishes if wish % LEAST_ALIGNMENT == 0), None)
         header = _header(entries, aliases, metadata, phase)
         start = len(header)
-        if start > MAX_HEADER + 8:
-            raise Refusal(f"the header would pass the format's limit of {MAX_HEADER:,} bytes", code="CK504",
+        if start > max_header(at) + 8:
+            raise Refusal(f"the header would pass the limit of {max_header(at):,} bytes", code="CK504",
                           found=f"{len(stored):,} tensors, {start:,} bytes", try_="--shard-size")  # fmt: skip
         slots = {name: Slot(start + begins[name], spec.nbytes) for name, spec in stored.items()}
         return FileLayout(

@@ -70,7 +70,16 @@ def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
     return found
 
 
-def parse_json(raw: bytes, *, code: str) -> Any:
+def allowance(nbytes: int) -> int:
+    """How many times the limits a checkpoint of this many bytes gets: who ships a hundred GiB may have the names that go with them.
+
+    >>> allowance(1 << 20), allowance(10 << 30)
+    (1, 11)
+    """
+    return 1 + (nbytes >> 30)
+
+
+def parse_json(raw: bytes, *, code: str, times: int = 1) -> Any:
     """Strict JSON: UTF-8, no duplicate keys, no NaN, no infinite numbers, no lone surrogates, no bottomless nesting.
 
     A negative number is given back as a float, so that ``-0`` is not taken for a size.
@@ -82,7 +91,7 @@ def parse_json(raw: bytes, *, code: str) -> Any:
     ...
     ckptconv.errors.Refusal: the key 'a' occurs twice
 
-    Raises :class:`~ckptconv.errors.Refusal` with the ``code`` given.
+    ``times`` is how often the limit on values is allowed. Raises :class:`~ckptconv.errors.Refusal` with the ``code`` given.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -106,8 +115,8 @@ def parse_json(raw: bytes, *, code: str) -> Any:
         raise Refusal(f"{word} is not JSON", code=code)
 
     values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
-    if values > MAX_VALUES:
-        raise Refusal(f"the JSON has more than {MAX_VALUES:,} values", code=code, found=f"{values:,} commas and brackets")
+    if values > MAX_VALUES * times:
+        raise Refusal(f"the JSON has more than {MAX_VALUES * times:,} values", code=code, found=f"{values:,} commas and brackets")
     try:
         text = raw.decode("utf-8")
         parsed = json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_float=number, parse_constant=constant)

@@ -11,9 +11,9 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Contents, Storage
 from ckptconv.formats.containers import contents_from_tree
-from ckptconv.formats.pickle_machine import MAX_PICKLE, allowance, run
+from ckptconv.formats.pickle_machine import MAX_PICKLE, run
 from ckptconv.formats.rebuilding import StorageRef, storage_dtype
-from ckptconv.formats.strict import opened, read_at
+from ckptconv.formats.strict import allowance, opened, read_at
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001

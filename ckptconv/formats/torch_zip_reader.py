@@ -17,9 +17,9 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Contents, Storage
 from ckptconv.formats.containers import contents_from_tree
-from ckptconv.formats.pickle_machine import MAX_PICKLE, allowance, run
+from ckptconv.formats.pickle_machine import MAX_PICKLE, run
 from ckptconv.formats.rebuilding import StorageRef, storage_dtype
-from ckptconv.formats.strict import opened, parse_json, read_at, read_up_to
+from ckptconv.formats.strict import allowance, opened, parse_json, read_at, read_up_to
 
 #: docs/limits.md; both grow with the file as the pickle's limits do.
 MAX_RECORDS = 200_000

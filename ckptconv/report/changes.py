@@ -46,7 +46,7 @@ def changes(plan: Plan) -> list[Change]:
         elif verb == "renamed":
             # One edit is one line, however many names it touches: all of strip_prefix, say.
             before, after = edit(made_of[0], output.name)
-            key = (verb, output.origin, skeleton(before), skeleton(after))
+            key = (verb, output.origin, *skeleton(f"{before}\n{after}").split("\n"))
         else:
             detail = "" if verb == "tied" else text_of(output.expr)
             key = (verb, output.origin, detail, skeleton(output.name), _skeletons(made_of))
@@ -73,11 +73,10 @@ def edit(old: str, new: str) -> tuple[str, str]:
     (('module.', ''), ('blocks.0.norm1', 'layers.0.layernorm_before'))
     """
     before, after = old.split("."), new.split(".")
-    tail = 0
-    while tail < min(len(before), len(after)) and before[-1 - tail] == after[-1 - tail]:
+    least, tail, head = min(len(before), len(after)), 0, 0
+    while tail < least and before[-1 - tail] == after[-1 - tail]:
         tail += 1
-    head = 0
-    while head < min(len(before), len(after)) - tail and before[head] == after[head]:
+    while head < least - tail and before[head] == after[head]:
         head += 1
     left, right = before[head : len(before) - tail], after[head : len(after) - tail]
     if not left or not right:  # something was taken out or put in: say it with its dot

@@ -353,13 +353,11 @@ class Template:
                 skip_dot = False
                 continue
             value = expressions.evaluate(part.asked, lookup)
-            text = (
-                value.text
-                if isinstance(value, Index)
-                else str(value)
-                if isinstance(value, (str, int)) and not isinstance(value, bool)
-                else None
-            )
+            text: str | None
+            if isinstance(value, Index):
+                text = value.text
+            else:
+                text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
             if text is None:
                 raise _bad(f"a part of a name must be text or an integer, not {printable(value)!r}", self.text)
             if not text:

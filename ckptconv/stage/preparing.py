@@ -31,6 +31,7 @@ from ckptconv.stage.opening import (
 
 if TYPE_CHECKING:
     from ckptconv.stage.parity import Parity
+    from ckptconv.target.building import Builder
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Prepared:
     allowed: str  #: the sentence on what stays at its initial values
     parity: Parity | None = None
     rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, of the rules and those that they include
+    builder: Builder | None = field(default=None, repr=False, compare=False)  #: of a target that is a model, until it is verified
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -176,13 +178,15 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
         from ckptconv.stage.parity import parity_words
 
         parity = parity_words(options.parity, wanted_target, options.level)
-    wanted = comparison = None
+    wanted = comparison = builder = None
     allowed = ""
     if wanted_target is not None:
-        wanted = target.manifest_of(wanted_target, timeout=options.timeout)
+        if wanted_target.is_model:
+            builder = target.Builder(wanted_target)
+        wanted = builder.manifest(options.timeout) if builder is not None else target.manifest_of(wanted_target, timeout=options.timeout)
         comparison = compare(plan.manifest, wanted, allow)
         allowed = explain_missing_initial(comparison, wanted)
-    prepared = Prepared(label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed, parity, texts)
+    prepared = Prepared(label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed, parity, texts, builder)
     if wanted_target is not None and comparison is not None and not comparison.fits:
         problems = [problem if problem.where else problem.at(wanted_target.text) for problem in comparison.problems()]
         raise FitError(problems, about=prepared)

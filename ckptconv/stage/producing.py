@@ -228,7 +228,7 @@ def _evidence(
     return Evidence(
         files=files, read=lambda: formats.read(written), format=shape.format, plan=prepared.plan,
         source=prepared.source.placed, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
-        target=prepared.target, wanted=prepared.wanted, allow=prepared.allow, container=container,
+        target=prepared.target, wanted=prepared.wanted, builder=prepared.builder, allow=prepared.allow, container=container,
         timeout=options.timeout, threads=options.threads, parity=parity, progress=progress,
     )  # fmt: skip
 

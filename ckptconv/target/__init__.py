@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from ckptconv.lazy import exports
 
 if TYPE_CHECKING:
-    from ckptconv.target.building import manifest_of, strict_load
+    from ckptconv.target.building import Builder, manifest_of, strict_load
     from ckptconv.target.loading import StrictResult, load_into
     from ckptconv.target.words import Target, parse
 
-__all__ = ["StrictResult", "Target", "load_into", "manifest_of", "parse", "strict_load"]
+__all__ = ["Builder", "StrictResult", "Target", "load_into", "manifest_of", "parse", "strict_load"]
 __getattr__ = exports(__name__, {
-    "manifest_of": "building", "strict_load": "building", "StrictResult": "loading", "load_into": "loading", "Target": "words", "parse": "words",
+    "Builder": "building", "manifest_of": "building", "strict_load": "building", "StrictResult": "loading", "load_into": "loading", "Target": "words", "parse": "words",
 })  # fmt: skip

@@ -11,9 +11,12 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from ckptconv import formats
@@ -47,8 +50,8 @@ def manifest_of(target: Target, *, timeout: float = 300.0) -> Manifest:
             listed = ", ".join(map(printable, contents.containers)) or "none"
             raise InputError(Problem("CK309", "the target file must hold one state_dict", where=printable(target.text), found=listed))
         return contents.containers["." if "." in contents.containers else next(iter(contents.containers))].manifest
-    answer = _ask(target, {"what": "manifest"}, timeout)
-    return replace(Manifest.from_json(answer["manifest"]), notes=tuple(answer["notes"]))
+    with Builder(target) as builder:
+        return builder.manifest(timeout)
 
 
 def strict_load(
@@ -56,12 +59,10 @@ def strict_load(
     allow_unexpected: Sequence[str] = (), container: str = ".",
 ) -> StrictResult:  # fmt: skip
     """The model, built on the meta device, loads the written ``files`` (mapped, not read) with ``strict=True, assign=True``."""
-    request = {
-        "what": "load", "files": [str(file.absolute()) for file in files], "format": format, "allow_missing": list(allow_missing),
-        "allow_unexpected": list(allow_unexpected), "container": [] if container == "." else container.split("."),
-    }  # fmt: skip
-    answer = _ask(target, request, timeout)
-    return StrictResult(answer["loaded"], answer["error"], tuple(answer["missing"]), tuple(answer["unexpected"]), tuple(answer["notes"]))
+    with Builder(target) as builder:
+        return builder.strict_load(
+            files, format, timeout=timeout, allow_missing=allow_missing, allow_unexpected=allow_unexpected, container=container
+        )
 
 
 def _saved(target: Target) -> Manifest:
@@ -77,46 +78,122 @@ def _saved(target: Target) -> Manifest:
         raise UsageError(Problem("CK107", printable(error), where=printable(target.text))) from None
 
 
-def _ask(target: Target, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-    """One request to a child process, and its answer."""
-    full = {
-        **request, "kind": target.kind, "name": target.name, "path": str(target.path.absolute()) if target.kind == "hf" else "",
-        "arguments": list(target.arguments), "working_folder": os.getcwd(),
-    }  # fmt: skip
-    answer_read, answer_write = os.pipe()
-    start = [sys.executable, "-c", _START, str(Path(__file__).parent.parent.parent)]
-    with tempfile.TemporaryFile() as request_file:
-        request_file.write(json.dumps(full).encode())
-        request_file.seek(0)
+class Builder:
+    """A model as a target, and the process that builds it: once, to say what it wants, and kept there to be loaded into later.
+
+    The process is started when it is first asked something, ends with the object, and, should it have ended before, is started anew.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._child: _Child | None = None
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process. What is asked afterwards starts another."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.end()
+
+    def manifest(self, timeout: float = 300.0) -> Manifest:
+        """What :func:`manifest_of` gives."""
+        answer = self._ask({"what": "manifest"}, timeout)
+        return replace(Manifest.from_json(answer["manifest"]), notes=tuple(answer["notes"]))
+
+    def strict_load(
+        self, files: Sequence[Path], format: str, *, timeout: float = 300.0, allow_missing: Sequence[str] = (),  # noqa: A002
+        allow_unexpected: Sequence[str] = (), container: str = ".",
+    ) -> StrictResult:  # fmt: skip
+        """What :func:`strict_load` does."""
+        answer = self._ask({
+            "what": "load", "files": [str(file.absolute()) for file in files], "format": format, "allow_missing": list(allow_missing),
+            "allow_unexpected": list(allow_unexpected), "container": [] if container == "." else container.split("."),
+        }, timeout)  # fmt: skip
+        return StrictResult(
+            answer["loaded"], answer["error"], tuple(answer["missing"]), tuple(answer["unexpected"]), tuple(answer["notes"])
+        )
+
+    def _ask(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        target, where = self.target, printable(self.target.text)
+        full = {
+            **request, "kind": target.kind, "name": target.name, "path": str(target.path.absolute()) if target.kind == "hf" else "",
+            "arguments": list(target.arguments), "working_folder": os.getcwd(),
+        }  # fmt: skip
+        kept, self._child = self._child, self._child or _Child()
+        done = False
         try:
-            child = subprocess.Popen(
-                [*start, str(request_file.fileno()), str(answer_write)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                pass_fds=(request_file.fileno(), answer_write), start_new_session=True, env=_environment(),
-            )  # fmt: skip
+            raw = self._child.ask(json.dumps(full).encode(), timeout)
+            if kept is not None and raw is not None and not raw.endswith(b"\n"):  # it ended while nobody asked
+                self.close()
+                self._child = _Child()
+                raw = self._child.ask(json.dumps(full).encode(), timeout)
+            if raw is None:
+                raise FitError(
+                    Problem("CK406", f"building the target took longer than {timeout:g} s", where=where, try_="--timeout SECONDS")
+                )
+            try:
+                answer = json.loads(raw)
+            except ValueError:
+                raise FitError(self._child.ended(where)) from None
+            if "failed" in answer:
+                raise FitError(Problem(answer["code"], printable(answer["failed"], 600), where=where, try_=printable(answer["try"], 300)))
+            done = True
+            return dict(answer)
         finally:
-            os.close(answer_write)
-        said = _Tail(child)
+            if not done:
+                self.close()
+
+
+class _Child:
+    """A process that builds models; see :mod:`ckptconv.target.child`. It ends when this object does."""
+
+    def __init__(self) -> None:
+        with ExitStack() as stack:
+            self._request = stack.enter_context(tempfile.TemporaryFile())  # a pipe would hold only so much of a request
+            asked, self._asking = os.pipe()
+            stack.callback(os.close, self._asking)
+            self._answer, answering = os.pipe()
+            stack.callback(os.close, self._answer)
+            start = [sys.executable, "-c", _START, str(Path(__file__).parent.parent.parent)]
+            passed = (self._request.fileno(), asked, answering)
+            try:
+                self._process = subprocess.Popen(
+                    [*start, *map(str, passed)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    pass_fds=passed, start_new_session=True, env=_environment(),
+                )  # fmt: skip
+            finally:
+                os.close(asked)
+                os.close(answering)
+            self._tail = _Tail(self._process)
+            stack.callback(self._tail.close)
+            stack.callback(_end, self._process)
+            self.end = weakref.finalize(self, stack.pop_all().close)
+
+    def ask(self, request: bytes, timeout: float) -> bytes | None:
+        """A line of answer; less than that where the process ended, None when time is up."""
+        self._request.seek(0)
+        self._request.truncate()
+        self._request.write(request)
+        self._request.flush()
         try:
-            raw = _collected(answer_read, child, timeout)
-        finally:
-            os.close(answer_read)
-            _end(child)
-        tail = said.text()
-    where = printable(target.text)
-    if raw is None:
-        raise FitError(Problem("CK406", f"building the target took longer than {timeout:g} s", where=where, try_="--timeout SECONDS"))
-    try:
-        answer = json.loads(raw)
-    except ValueError:
-        found = printable(tail.strip().splitlines()[-1]) if tail.strip() else ""
-        code = child.returncode
-        ended = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-        hint = "memory may have run out" if code == -signal.SIGKILL else ""
-        what = f"building the target ended {ended}, without an answer"
-        raise FitError(Problem("CK406", what, where=where, found=found, try_=hint)) from None
-    if "failed" in answer:
-        raise FitError(Problem(answer["code"], printable(answer["failed"], 600), where=where, try_=printable(answer["try"], 300)))
-    return dict(answer)
+            os.write(self._asking, b".")
+        except BrokenPipeError:
+            return b""
+        return _collected(self._answer, self._process, timeout, b"\n")
+
+    def ended(self, where: str) -> Problem:
+        """The process is gone, and left no answer."""
+        self.end()
+        tail, code = self._tail.text().strip(), self._process.returncode
+        how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+        return Problem("CK406", f"building the target ended {how}, without an answer", where=where,
+                       found=printable(tail.splitlines()[-1]) if tail else "",
+                       try_="memory may have run out" if code == -signal.SIGKILL else "")  # fmt: skip
 
 
 #: The child's first lines: the working folder goes off the path before anything is imported from it.
@@ -145,15 +222,18 @@ class _Tail:
         while part := os.read(self._pipe.fileno(), 1 << 16):
             self._end = (self._end + part)[-_TAIL:]
 
-    def text(self) -> str:
-        """What was kept; the child is gone by now."""
+    def close(self) -> None:
+        """The child is gone by now."""
         self._thread.join(5)
         self._pipe.close()
+
+    def text(self) -> str:
+        """What was kept."""
         return self._end.decode("utf-8", "replace")
 
 
-def _collected(descriptor: int, child: subprocess.Popen[bytes], timeout: float) -> bytes | None:
-    """Everything that comes out of the pipe, or None when time is up."""
+def _collected(descriptor: int, child: subprocess.Popen[bytes], timeout: float, last: bytes = b"") -> bytes | None:
+    """What comes out of the pipe until it is closed, or something ends with ``last``; None when time is up."""
     parts: list[bytes] = []
     deadline, size = time.monotonic() + timeout, 0
     poller = select.poll()  # select() knows no descriptor past 1023
@@ -168,7 +248,7 @@ def _collected(descriptor: int, child: subprocess.Popen[bytes], timeout: float) 
                 return b"".join(parts)
             parts.append(part)
             size += len(part)
-            if size > MAX_ANSWER:
+            if size > MAX_ANSWER or (last and part.endswith(last)):
                 return b"".join(parts)
         elif child.poll() is not None and not poller.poll(0):
             # Dead, and nothing left to read: a grandchild may still hold the pipe open.

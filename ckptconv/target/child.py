@@ -1,7 +1,8 @@
 """The process in which targets are built: the user's code runs here, and only here.
 
-Reads one request (JSON) from the descriptor named on its command line and writes one answer to the other; what user code prints goes to
-stdout and stderr, and cannot be taken for an answer.
+For every byte that comes through one pipe it reads a request (JSON) from the beginning of a file and writes one line of JSON into another
+pipe. A model is built at the first request and kept for the next. What user code prints goes to stdout and stderr, and cannot be taken for
+an answer.
 """
 
 from __future__ import annotations
@@ -27,39 +28,38 @@ class Unbuildable(Exception):  # noqa: N818  (an answer, not a fault)
 
 
 def main() -> None:
-    """Answers one request."""
-    request_fd, answer_fd = int(sys.argv[1]), int(sys.argv[2])
-    with os.fdopen(request_fd, "rb") as stream:
-        request = json.load(stream)
-    answered = False
-
-    def answer(data: Mapping[str, Any]) -> None:
-        nonlocal answered
-        answered = True
-        with os.fdopen(answer_fd, "wb") as stream:
-            stream.write(json.dumps(data).encode())
-
-    if request["kind"] == "py":
-        # The user's own model file lies here. Last on the path: what lies there never shadows an installed library.
-        sys.path.append(request["working_folder"])
+    """Answers requests until nobody can ask any more."""
+    request_fd, asked_fd, answer_fd = map(int, sys.argv[1:4])
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model's structure needs nothing from the network
-    try:
-        answer(_answer(request))
-    except Unbuildable as reason:
-        answer({"failed": reason.what, "try": reason.try_, "code": reason.code})
-    except BaseException as error:
-        if not answered:
+    models: list[tuple[nn.Module, list[str]]] = []
+    while os.read(asked_fd, 1):
+        request = json.loads(os.pread(request_fd, os.fstat(request_fd).st_size, 0))
+        if request["kind"] == "py" and request["working_folder"] not in sys.path:
+            # The user's own model file lies here. Last on the path: what lies there never shadows an installed library.
+            sys.path.append(request["working_folder"])
+        try:
+            answer = _answer(request, models)
+        except Unbuildable as reason:
+            answer = {"failed": reason.what, "try": reason.try_, "code": reason.code}
+        except BaseException as error:
             what = f"it ended the process (exit code {error.code})" if isinstance(error, SystemExit) else _said(error)
-            answer({"failed": f"building the model failed: {what}", "try": "", "code": "CK406"})
+            answer = {"failed": f"building the model failed: {what}", "try": "", "code": "CK406"}
+        data = json.dumps(answer).encode() + b"\n"
+        while data:
+            data = data[os.write(answer_fd, data) :]
     os._exit(0)  # threads or exit handlers of user code must not keep us
 
 
-def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    model, notes = _built(request)
+def _answer(request: Mapping[str, Any], models: list[tuple[nn.Module, list[str]]]) -> dict[str, Any]:
+    if not models:
+        models.append(_built(request))
+    model, notes = models[0]
     if request["what"] == "manifest":
-        return {"manifest": _manifest(model, notes), "notes": notes}  # in this order: the manifest adds notes of its own
+        said = list(notes)
+        return {"manifest": _manifest(model, said), "notes": said}  # in this order: the manifest adds notes of its own
     from ckptconv.target.loading import load_into
 
+    models.clear()  # once something is loaded into it, it is no longer the model that was built
     try:
         state = _written(request)
     except Unbuildable:

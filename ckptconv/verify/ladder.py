@@ -25,7 +25,7 @@ from ckptconv.spec import Manifest
 from ckptconv.verify.rungs import Ladder, Rung
 
 if TYPE_CHECKING:
-    from ckptconv.target import Target
+    from ckptconv.target import Builder, Target
     from ckptconv.verify.parity import ParityReport, ParityRequest
 
 
@@ -44,6 +44,7 @@ class Evidence:
     computed: Mapping[str, str] = field(default_factory=dict)  #: digests of outputs, from when they were computed or copied
     target: Target | None = None
     wanted: Manifest | None = None
+    builder: Builder | None = None  #: of the target, with the model that told what is wanted
     allow: Allow = field(default_factory=Allow)
     parity: ParityRequest | None = None
     timeout: float = 300.0
@@ -146,7 +147,7 @@ class _Climb:
 
     def strict(self) -> Rung:
         """L2: the real model, built on the meta device, loads the written file with ``strict=True, assign=True``."""
-        from ckptconv.target import strict_load
+        from ckptconv.target import Builder
 
         evidence = self.evidence
         if evidence.target is None:
@@ -162,9 +163,10 @@ class _Climb:
             shown = ", ".join(str(template) for template in collapse(other)[:3])
             return Rung(2, "skipped", f"the rule allows other shapes than the model's, which nothing can load: {printable(shown)}")
         # What the rule lets through on purpose is told to the loader; everything else must be as strict as torch can be.
-        result = strict_load(evidence.target, evidence.files, evidence.format, timeout=evidence.timeout,
-                             allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected,
-                             container=evidence.container)  # fmt: skip
+        with evidence.builder or Builder(evidence.target) as builder:
+            result = builder.strict_load(evidence.files, evidence.format, timeout=evidence.timeout,
+                                         allow_missing=comparison.allowed_missing, allow_unexpected=comparison.allowed_unexpected,
+                                         container=evidence.container)  # fmt: skip
         if not result.loaded:
             return _failed(
                 2, "load_state_dict(strict=True) failed", [Problem("CK408", printable(result.error, 1000), where=evidence.target.text)]

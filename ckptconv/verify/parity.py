@@ -213,6 +213,7 @@ def _ask(request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         finally:
             os.close(answer_read)
             _end(child)
+            said.close()
         doing, where = _stage(stage_file.fileno())
         tail = said.text()
     if raw is None:

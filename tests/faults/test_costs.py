@@ -12,7 +12,7 @@ from harness import MB
 from ckptconv.errors import CkptconvError, Refusal, printable
 from ckptconv.formats import pickle_machine, torch_zip_reader
 from ckptconv.formats.containers import MAX_DEPTH, MAX_NODES, check_tree
-from ckptconv.formats.pickle_machine import MAX_MEMO, allowance, run
+from ckptconv.formats.pickle_machine import MAX_MEMO, run
 from ckptconv.formats.strict import MAX_VALUES, parse_json
 from ckptconv.ruleset import expressions, patterns, yamlfile
 from ckptconv.ruleset.expressions import evaluate, parse

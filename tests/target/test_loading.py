@@ -1,5 +1,7 @@
 """Loading is as strict as torch can be, and stricter where torch lets things pass."""
 
+import os
+import signal
 from collections import OrderedDict
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ckptconv import api
 from ckptconv.errors import FitError, InputError
 from ckptconv.target import building, load_into, manifest_of, parse, strict_load
 
@@ -179,3 +182,60 @@ def test_what_may_be_unexpected_is_loaded_where_the_model_has_it():
     state = {"weight": torch.ones(1, 2), "bias": torch.ones(1), "total_ops": torch.ones(1)}
     assert load_into(model, state, allow_unexpected=["bias", "total_ops"]).loaded
     assert model.bias.item() == 1
+
+
+COUNTED = """
+from tiedmodel import Tied
+
+def factory():
+    with open("built", "a") as stream:
+        stream.write(f"{__import__('os').getpid()} ")
+    return Tied()
+"""
+
+
+@pytest.fixture
+def counted(model, state, tmp_path):
+    (tmp_path / "countedmodel.py").write_text(COUNTED)
+    torch.save({**state, "head.weight": state["embed.weight"]}, tmp_path / "in.pth")
+    (tmp_path / "nothing.yaml").write_text("version: 1\nname: nothing\nsummary: s\nsteps:\n  - drop: nothing\n    optional: true\n")
+    return lambda: (tmp_path / "built").read_text().split()
+
+
+def test_a_run_builds_its_target_once(counted):
+    report = api.run("nothing.yaml", "in.pth", "out.pth", target="py:countedmodel:factory")
+    assert report.ladder.rungs[2].status == "passed"
+    assert len(counted()) == 1
+
+
+def test_a_verification_builds_its_target_once(counted):
+    assert api.verify("in.pth", target_word="py:countedmodel:factory", level=2).ladder.rungs[2].status == "passed"
+    assert len(counted()) == 1
+
+
+def test_a_builder_that_died_meanwhile_is_started_anew(counted, tmp_path):
+    with building.Builder(parse("py:countedmodel:factory", origin="command line")) as builder:
+        assert len(builder.manifest()) == 7
+        os.kill(int(counted()[0]), signal.SIGKILL)
+        assert builder.strict_load([tmp_path / "in.pth"], "torch").loaded
+        first, second = map(int, counted())
+    for process in (first, second):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_what_was_loaded_into_is_not_taken_for_the_model_that_was_built(counted, tmp_path):
+    with building.Builder(parse("py:countedmodel:factory", origin="command line")) as builder:
+        before = builder.manifest()
+        assert builder.strict_load([tmp_path / "in.pth"], "torch").loaded
+        assert builder.manifest() == before
+    assert len(counted()) == 2
+    assert len(set(counted())) == 1
+
+
+def test_a_builder_ends_with_its_object(counted):
+    builder = building.Builder(parse("py:countedmodel:factory", origin="command line"))
+    builder.manifest()
+    del builder
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(counted()[0]), 0)

@@ -158,29 +158,7 @@ class Scope:
 
     def lookup(self, captures: Mapping[str, Capture], table: Table, tensor: str | None = None) -> Lookup:
         """What a name means inside a step: its captures, then the variables. ``shape()`` is the shape of ``tensor``."""
-
-        def shape(name: str | None = tensor) -> list[int]:
-            if name is None:
-                raise Absent("shape() wants the name of a tensor here")
-            if name not in table:
-                close = nearest(name, table)
-                raise Absent(f"there is no tensor {printable(name)!r}" + (f"; the nearest name is {close!r}" if close else ""))
-            return list(table[name].expr.spec.shape)
-
-        known: dict[str, Any] = {}  # a variable is computed once: twice each for 40 of them would be for ever
-
-        def look(name: str) -> Any:
-            if name in captures:
-                return captures[name]
-            if name == "shape":
-                return shape
-            if name == "has":
-                return lambda key: key in table
-            if name not in known:
-                known[name] = self.variable(name, look)
-            return known[name]
-
-        return look
+        return _Names(self, captures, table, tensor)
 
     def variable(self, name: str, look: Lookup) -> Any:
         if name in self.given:
@@ -204,6 +182,38 @@ class Scope:
             return self.config
         close = nearest(name, [*self.given, *self.declared])
         raise Absent(f"variable {printable(name)!r} has no value" + (f"; did you mean {close!r}?" if close else ""))
+
+
+class _Names:
+    """A lookup. An object rather than functions that know each other: half a million of those wait for the garbage collector."""
+
+    __slots__ = ("_captures", "_known", "_scope", "_table", "_tensor")
+
+    def __init__(self, scope: Scope, captures: Mapping[str, Capture], table: Table, tensor: str | None) -> None:
+        self._scope, self._captures, self._table, self._tensor = scope, captures, table, tensor
+        self._known: dict[str, Any] | None = None  # a variable is computed once: twice each for 40 of them would be for ever
+
+    def __call__(self, name: str) -> Any:
+        if name in self._captures:
+            return self._captures[name]
+        if name == "shape":
+            return self._shape
+        if name == "has":
+            return self._table.__contains__
+        if self._known is None:
+            self._known = {}
+        if name not in self._known:
+            self._known[name] = self._scope.variable(name, self)
+        return self._known[name]
+
+    def _shape(self, name: str | None = None) -> list[int]:
+        name = self._tensor if name is None else name
+        if name is None:
+            raise Absent("shape() wants the name of a tensor here")
+        if name not in self._table:
+            close = nearest(name, self._table)
+            raise Absent(f"there is no tensor {printable(name)!r}" + (f"; the nearest name is {close!r}" if close else ""))
+        return list(self._table[name].expr.spec.shape)
 
 
 @dataclass
