@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ckptconv.execute.memory import memory_explained, peak_nbytes
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Placed
 from ckptconv.plan import Apply, Expr, Fill, Output, Plan, Read, walk
@@ -25,7 +26,8 @@ def computed(
 ) -> Iterator[tuple[Output, Value]]:
     """Each output with its value, in order. A node is computed once, and forgotten after its last use.
 
-    ``apply`` is called with a transform and its arguments; where nothing is said, the transform's own kernel, on torch's tensors.
+    ``apply`` is called with a transform and its arguments; where nothing is said, the transform's own kernel, on torch's tensors. Raises
+    :class:`~ckptconv.errors.OutputError` where memory does not suffice.
     """
     uses = _exact_uses(outputs)
     values: dict[Expr, Value] = {}
@@ -41,7 +43,10 @@ def computed(
             if node in done:
                 continue
             done.add(node)
-            values[node] = _value(node, values, read, apply)
+            try:
+                values[node] = _value(node, values, read, apply)
+            except (MemoryError, RuntimeError) as error:
+                raise memory_explained(error, output, peak_nbytes(outputs)) from None
             for argument in node.arguments:
                 release(argument)
         value = values[output.expr]

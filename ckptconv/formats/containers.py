@@ -108,7 +108,7 @@ def _search(node: Any, path: tuple[str, ...], found: dict[str, Container], most:
         found[dotted] = _from_dict(node, dotted, most)
         return
     for key, value in node.items():
-        if isinstance(key, (str, int)) and isinstance(value, (dict, Foreign)):
+        if isinstance(key, (str, int)) and value and isinstance(value, (dict, Foreign)):
             _search(value, (*path, str(key)), found, most)
 
 
@@ -280,7 +280,9 @@ def _strangers(tree: Any) -> Iterator[tuple[str, str]]:
         elif isinstance(node, dict) and id(node) not in seen:
             seen.add(id(node))
             stack.extend(
-                (value, (*path, str(key))) for key, value in reversed(node.items()) if isinstance(value, (dict, Foreign, Global, list))
+                (value, (*path, str(key)))
+                for key, value in reversed(node.items())
+                if value and isinstance(value, (dict, Foreign, Global, list))
             )
         elif isinstance(node, list) and id(node) not in seen and len(node) <= 1000:
             seen.add(id(node))

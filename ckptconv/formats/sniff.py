@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.strict import read_up_to
+from ckptconv.formats.strict import cannot_open, read_up_to
 
 _LOOK = 1024
 
@@ -67,13 +67,14 @@ def _head(path: Path) -> tuple[bytes, int]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENOENT and path.is_symlink():
-            raise Refusal("this is a link to a file that is not there", code="CK310", found=printable(os.readlink(path))) from None
-        raise Refusal(f"the source cannot be opened: {error.strerror}", code="CK310") from None
+            raise Refusal("this is a link to a file that is not there", code="CK310", found=printable(os.readlink(path)),
+                          try_="fetch that file, or make the link anew") from None  # fmt: skip
+        raise cannot_open(error) from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe" if stat.S_ISFIFO(status.st_mode) else "device"
-            raise Refusal(f"this is a {kind}, not a file", code="CK310")
+            raise Refusal(f"this is a {kind}, not a file", code="CK310", try_="name a file, or a folder with an index")
         return read_up_to(descriptor, _LOOK, 0), status.st_size
     finally:
         os.close(descriptor)

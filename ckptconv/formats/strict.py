@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,20 @@ Identity = tuple[int, int, int, int]
 _INT_DIGITS = 20
 #: What a JSON text may be made of (docs/limits.md), counted by its commas and brackets: each costs up to a hundred bytes when it is parsed.
 MAX_VALUES = 2_000_000
+
+
+_HINTS = {
+    errno.ENOENT: "look at the spelling of the path: ls shows what is there", errno.ENOTDIR: "look at the spelling of the path: ls shows what is there",
+    errno.EACCES: "look at the rights of the file and its folders: ls -l", errno.EPERM: "look at the rights of the file and its folders: ls -l",
+    errno.EIO: "the disk or the network behind it failed: copy the file elsewhere first", errno.EMFILE: "ulimit -n 1024",
+    errno.ELOOP: "a link leads back to itself: name the file that is meant", errno.ENAMETOOLONG: "a shorter name",
+}  # fmt: skip
+
+
+def cannot_open(error: OSError) -> Refusal:
+    """The refusal of a source that the operating system does not give, with what helps."""
+    hint = _HINTS.get(error.errno or 0, "look at the file and at the disk that it is on")
+    return Refusal(f"the source cannot be opened: {error.strerror or error}", code="CK310", try_=hint)
 
 
 @contextmanager

@@ -283,7 +283,7 @@ def _name(raw: bytes) -> str:
         or "" in parts
         or "\\" in name
         or "\0" in name
-        or (len(name) > 1 and name[1] == ":")
+        or (len(parts[0]) == 2 and parts[0][1] == ":")  # C:/; not a:b/, which torch.save makes of a:b.pth
     ):
         raise _bad(f"the record name {printable(name)!r} is unsafe", code="CK306")
     return name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ckptconv import formats, target
 from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, UsageError, printable
 from ckptconv.formats.base import Composite, Container, Contents, Placed
-from ckptconv.formats.strict import identities_below
+from ckptconv.formats.strict import cannot_open, identities_below
 from ckptconv.names import nearest
 from ckptconv.spec import Manifest
 
@@ -67,7 +67,7 @@ def contents_of(path: Path, format: str | None = None) -> Contents:  # noqa: A00
     except CkptconvError:
         raise
     except OSError as error:
-        raise InputError(Problem("CK310", f"the source cannot be opened: {error.strerror or error}", where=printable(path))) from None
+        raise InputError(cannot_open(error).at(printable(path))) from None
 
 
 def open_source(

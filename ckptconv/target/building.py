@@ -21,7 +21,7 @@ from typing import Any
 
 from ckptconv import formats
 from ckptconv.errors import FitError, InputError, Problem, Refusal, UsageError, printable
-from ckptconv.formats.strict import opened, read_at
+from ckptconv.formats.strict import cannot_open, opened, read_at
 from ckptconv.spec import Manifest
 from ckptconv.target.loading import StrictResult
 from ckptconv.target.words import Target
@@ -45,7 +45,7 @@ def manifest_of(target: Target, *, timeout: float = 300.0) -> Manifest:
             raise InputError(refusal.at(printable(target.text))) from None
         except OSError as error:
             what = f"the target cannot be opened: {error.strerror or error}"
-            raise InputError(Problem("CK310", what, where=printable(target.text))) from None
+            raise InputError(Problem("CK310", what, where=printable(target.text), try_=cannot_open(error).try_)) from None
         if len(contents.containers) != 1 and "." not in contents.containers:
             listed = ", ".join(map(printable, contents.containers)) or "none"
             raise InputError(Problem("CK309", "the target file must hold one state_dict", where=printable(target.text), found=listed))

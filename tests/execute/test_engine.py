@@ -289,3 +289,34 @@ def test_a_signal_leaves_nothing_behind(tmp_path, name, code):
     assert process.returncode == code, said
     assert "Traceback" not in said
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("way", ["convert", "load", "verify"])
+def test_memory_that_runs_out_is_said_with_the_output_and_how_much_it_needs(tmp_path, way):
+    """A cast of 400 MB to float64 needs 1.2 GB, and the process may have 1 GB more; half of that where the source is there already."""
+    (tmp_path / "wide.yaml").write_bytes(b"version: 1\nname: wide\nsummary: s\nsteps:\n  - cast: {keys: big, dtype: float64}\n")
+    torch.save({"big": torch.zeros(100_000_000)}, tmp_path / "in.pth")
+    code = f"""
+import resource, sys, torch
+from ckptconv import api
+from ckptconv.errors import CkptconvError
+model = torch.nn.Module(); model.register_buffer("big", torch.zeros((), dtype=torch.float64, device="meta").expand(100_000_000))
+state = torch.load("in.pth", mmap=True)
+if {way!r} == "verify":
+    api.run("wide.yaml", "in.pth", "out.pth", verify=None)
+torch.zeros(10) + 1
+now = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (now + (5 * 10**8 if {way!r} == "convert" else 10**9), resource.RLIM_INFINITY))
+try:
+    if {way!r} == "convert":
+        api.convert(state, "wide.yaml")
+    elif {way!r} == "load":
+        api.load(model, "in.pth", rules="wide.yaml")
+    else:
+        api.verify("out.pth", against="in.pth", rules="wide.yaml", level=4)
+except CkptconvError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "big: there is not enough memory" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert "1,200,000,000 bytes needed at once" in done.stdout

@@ -127,12 +127,12 @@ def nothing(box):
 
 
 PLACES = [
-    ("c059-pipe", pipe, ("CK310", "this is a pipe, not a file")),
-    ("c059-dev-zero", device, ("CK310", "this is a device, not a file")),
-    ("c059-dangling-link", dangling, ("CK310", "this is a link to a file that is not there", "nowhere")),
-    ("c059-link-to-itself", circle, ("CK310", "the source cannot be opened: Too many levels of symbolic links")),
+    ("c059-pipe", pipe, ("CK310", "this is a pipe, not a file", "", "name a file, or a folder with an index")),
+    ("c059-dev-zero", device, ("CK310", "this is a device, not a file", "", "name a file, or a folder with an index")),
+    ("c059-dangling-link", dangling, ("CK310", "this is a link to a file that is not there", "nowhere", "fetch that file, or make the link anew")),
+    ("c059-link-to-itself", circle, ("CK310", "the source cannot be opened: Too many levels of symbolic links", "", "a link leads back to itself: name the file that is meant")),
     ("c059-folder", empty_folder, ("CK301", "the folder holds no model file and no shard index", "no file", "name the file itself")),
-    ("c059-nothing", nothing, ("CK310", "the source cannot be opened: No such file or directory")),
+    ("c059-nothing", nothing, ("CK310", "the source cannot be opened: No such file or directory", "", "look at the spelling of the path: ls shows what is there")),
 ]  # fmt: skip
 
 
@@ -145,5 +145,5 @@ def test_no_file(box, made, said):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_c059_unreadable(box):
     box.write("in.pth", torch_file()).chmod(0)
-    said = "CK310", "the source cannot be opened: Permission denied"
+    said = "CK310", "the source cannot be opened: Permission denied", "", "look at the rights of the file and its folders: ls -l"
     box.refuses(3, message("in.pth", *said), "run", "pass.yaml", "in.pth", "out.pth")

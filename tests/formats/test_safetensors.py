@@ -322,5 +322,5 @@ def test_there_is_no_room_beside_the_tensors(tree: object) -> None:
 
 
 def test_a_header_that_no_reader_would_take_is_refused() -> None:
-    with pytest.raises(Refusal, match="the header would pass the format's limit"):
+    with pytest.raises(Refusal, match="the header would pass the limit"):
         WRITER.lay_out("out.safetensors", manifest_of({"a": torch.ones(1)}), metadata={"a long story": "x" * MAX_HEADER})

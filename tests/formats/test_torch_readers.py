@@ -600,3 +600,9 @@ def test_pipes_links_and_folders_are_refused_at_once(tmp_path):
     assert refused(tmp_path / "pipe.pth") == ("CK310", "this is a pipe, not a file")
     assert refused(tmp_path / "link.pth") == ("CK310", "this is a link to a file that is not there")
     assert refused(tmp_path / "nothing.pth")[0] == "CK310"
+
+
+def test_a_name_with_a_colon_is_no_drive(tmp_path):
+    """torch.save names the archive's folder after the file."""
+    torch.save({"x": torch.ones(2)}, tmp_path / "a:b.pth")
+    assert list(formats.read(tmp_path / "a:b.pth").containers["."].tensors) == ["x"]

@@ -93,7 +93,10 @@ def test_a_checkpoint_as_the_target(tmp_path, monkeypatch):
     monkeypatch.setattr(building.formats, "read", fails)
     with pytest.raises(InputError) as error:
         manifest_of(parse("a.safetensors", origin="rule file", base=tmp_path))
-    assert str(error.value) == "a.safetensors  [CK310]\n  the target cannot be opened: Permission denied"
+    assert (
+        str(error.value)
+        == "a.safetensors  [CK310]\n  the target cannot be opened: Permission denied\n  try: look at the rights of the file and its folders: ls -l"
+    )
 
 
 class Pair(nn.Module):
