@@ -93,6 +93,22 @@ def outputs_of(plan: Plan, kept: Mapping[str, Placed] | None = None) -> tuple[Ou
     return (*plan.stored, *(Output(name, Read(name, placed.spec)) for name, placed in (kept or {}).items()))
 
 
+def numbers_text(numbers: Iterable[int], most: int = 12) -> str:
+    """Numbers for people, neighbours together.
+
+    >>> numbers_text([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:most]]
+    return ", ".join(shown) + (", …" if len(runs) > most else "")
+
+
 def computed_islands(outputs: Iterable[Output], placed: Mapping[str, Placed]) -> list[tuple[Output, ...]]:
     """The islands of the outputs that are more than ranges of the source's bytes."""
     return islands([output for output in outputs if as_spans(output.expr, placed) is None])

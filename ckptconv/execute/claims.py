@@ -65,6 +65,7 @@ class Claims:
         self.folder, self.about, self.lease = folder, dict(about), lease
         self._token = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.owner = Owner.me()
+        self._clock: tuple[float, float] | None = None  # our own clock and the filesystem's, at one moment
 
     @contextmanager
     def take(self, name: str) -> Iterator[bool]:
@@ -157,17 +158,19 @@ class Claims:
                 )  # fmt: skip
 
     def _now(self) -> float:
-        """The filesystem's time: that of a file which is written now."""
-        path = self.folder / f".clock-{self._token}"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            os.pwrite(descriptor, b".", 0)
-            os.utime(descriptor)
-            return os.fstat(descriptor).st_mtime
-        finally:
-            os.close(descriptor)
-            with suppress(OSError):
-                os.unlink(path)
+        """The filesystem's time: that of a file which was written a moment ago, and what passed since."""
+        if self._clock is None or time.monotonic() - self._clock[0] > self.lease / _BEATS:
+            path = self.folder / f".clock-{self._token}"
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                os.pwrite(descriptor, b".", 0)
+                os.utime(descriptor)
+                self._clock = time.monotonic(), os.fstat(descriptor).st_mtime
+            finally:
+                os.close(descriptor)
+                with suppress(OSError):
+                    os.unlink(path)
+        return self._clock[1] + time.monotonic() - self._clock[0]
 
 
 def _renew(descriptor: int, seconds: float, stop: threading.Event) -> None:

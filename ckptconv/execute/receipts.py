@@ -124,6 +124,13 @@ def done(folder: Path) -> set[int]:
     return set()
 
 
+def written_at(folder: Path, task: int) -> float:
+    """When a receipt was written, by the filesystem's clock; 0 where it is gone."""
+    with suppress(OSError):
+        return os.stat(folder / _name(task)).st_mtime
+    return 0.0
+
+
 def withdraw(folder: Path, task: int) -> None:
     """Takes a receipt away: its task is to be done again."""
     for name in (_name(task), _name(task, "details")):

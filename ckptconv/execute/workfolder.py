@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,11 @@ class WorkFolder(Place):
         for name in names:
             fsync(self.path_of(name))
 
-    def digests(self, outputs: Sequence[str], *, threads: int, progress: Callable[[int], None] | None = None) -> dict[str, str]:
-        """Digests of outputs, read back from where they are staged. Raises :class:`~ckptconv.errors.InputError` for files that are cut."""
-        at = {file.name: number for number, file in enumerate(self.layout.files)}
-        wanted = set(outputs)
-        placed = {name: _placed(file, name, at[file.name]) for file in self.layout.files for name in (wanted & file.slots.keys())}
-        with Sources([self.path_of(file.name) for file in self.layout.files]) as opened:
+    def digests(self, outputs: Collection[str], *, threads: int, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+        """Digests of outputs, read back from where they are staged; none of those whose file is gone or cut."""
+        whole = [file for file in self.layout.files if _nbytes(self.path_of(file.name)) >= file.nbytes]
+        placed = {name: _placed(file, name, at) for at, file in enumerate(whole) for name in outputs if name in file.slots}
+        with Sources([self.path_of(file.name) for file in whole]) as opened:
             return digest_tensors(opened, placed, threads=threads, progress=progress)
 
     def publish(self, *, sync: bool = True) -> None:
@@ -188,6 +187,13 @@ def _put_new(path: Path, data: bytes) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(beside)
+
+
+def _nbytes(path: Path) -> int:
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:
+        return -1
 
 
 def _allocated(path: Path) -> int:

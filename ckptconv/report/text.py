@@ -157,10 +157,11 @@ def _closing(report: RunReport) -> Text:
         )
     if report.command == "plan":
         cost = report.cost
+        tasks = f"; {cost['tasks']:,} tasks, which read the source {cost['read_amplification']:.2f} times" if "tasks" in cost else ""
         return Text.assemble(
             ("nothing written: this is the plan  ", "bold"),
-            f"{where['tensors']:,} tensors, {size}: {nbytes_text(cost['copied_nbytes'])} copied, {nbytes_text(cost['computed_nbytes'])} computed, "
-            f"peak memory about {nbytes_text(cost['peak_nbytes'])}",
+            f"{where['tensors']:,} tensors, {size}: {nbytes_text(round(cost['copied_nbytes']))} copied, {nbytes_text(round(cost['computed_nbytes']))} computed, "
+            f"peak memory about {nbytes_text(round(cost['peak_nbytes']))}{tasks}",
         )  # fmt: skip
     failed = report.ladder.failed
     verdict = Text("not verified", "bold red") if failed else Text(f"verified {report.ladder.reached}", "bold green")

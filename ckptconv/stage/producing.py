@@ -56,6 +56,7 @@ class Produced:
     ladder: Ladder
     source_digest: str
     left_out: tuple[str, ...]  #: entries of the source that could not be carried along
+    notes: tuple[str, ...] = ()
 
 
 def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
@@ -117,13 +118,10 @@ class Conversion:
         return Meter(progress or (lambda _stage, _done, _total: None), total)
 
 
-def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Shape | None, Layout | None, int]:
+def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Conversion | None, int]:
     """What producing would write, and its peak memory in bytes; pure."""
     peak = plan_peak(prepared.plan, options.threads)
-    if destination is None:
-        return None, None, peak
-    shape = shape_of(prepared, destination, options)
-    return shape, _laid_out(prepared, shape, options)[0], peak
+    return None if destination is None else _lay(prepared, shape_of(prepared, destination, options), options), peak
 
 
 def begin(prepared: Prepared, destination: Path, options: Options) -> Conversion:
@@ -132,9 +130,9 @@ def begin(prepared: Prepared, destination: Path, options: Options) -> Conversion
     refuse_overlap(destination, [prepared.source.path, *prepared.source.files])
     if options.force:
         _refuse_more_than_a_checkpoint(destination)
-    layout, kept, left_out = _laid_out(prepared, shape, options)
-    _check_size(layout, destination, options)
-    return Conversion(prepared, destination, options, shape, layout, kept, tuple(left_out))
+    made = _lay(prepared, shape, options)
+    _check_size(made.layout, destination, options)
+    return made
 
 
 def produce(prepared: Prepared, destination: Path, options: Options, progress: Progress | None = None) -> Produced:
@@ -218,7 +216,7 @@ def _check_size(layout: Layout, destination: Path, options: Options) -> None:
         )  # fmt: skip
 
 
-def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layout, dict[str, Placed], list[str]]:
+def _lay(prepared: Prepared, shape: Shape, options: Options) -> Conversion:
     source, plan = prepared.source, prepared.plan
     tree, kept, left_out = None, dict[str, Placed](), list[str]()
     if options.keep_extras:
@@ -237,7 +235,7 @@ def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layou
         metadata=_metadata(prepared), module_versions=renamed_versions(source.container.module_versions, renamed) or None, tree=tree,
         phases=phases_of(plan.stored, source.placed), together=together,
     )  # fmt: skip
-    return layout, kept, left_out
+    return Conversion(prepared, shape.destination, options, shape, layout, kept, tuple(left_out))
 
 
 def _metadata(prepared: Prepared) -> dict[str, str]:
