@@ -194,7 +194,7 @@ def _packed(by_file: Sequence[Sequence[_Unit]], task_nbytes: int) -> Iterator[li
         if task and filled + total > task_nbytes:
             yield task
             task, filled = [], 0
-        for unit in sorted(units, key=lambda unit: unit.ranges[:1]):
+        for unit in sorted(units, key=_origin):
             if task and filled + unit.weight > task_nbytes:
                 yield task
                 task, filled = [], 0
@@ -205,6 +205,11 @@ def _packed(by_file: Sequence[Sequence[_Unit]], task_nbytes: int) -> Iterator[li
             task, filled = [], 0
     if task:
         yield task
+
+
+def _origin(unit: _Unit) -> Range:
+    """Where in the source most of it comes from."""
+    return max(unit.ranges, key=lambda each: each[2] - each[1], default=(-1, 0, 0))
 
 
 def _unit(outputs: Sequence[Output], reading: Mapping[str, _Reading]) -> _Unit:

@@ -103,11 +103,10 @@ def read(folder: Path, task: int, order: str, outputs: Collection[str]) -> tuple
         raise _bad("its receipt is another task's", f"task {receipt.task}")
     details = receipt.details
     try:
-        if details is None:
-            raw = _bytes(folder / _name(task, "details"), MAX_DETAILS)
-            if xxhash.xxh3_128_hexdigest(raw) != receipt.digest:
-                raise _bad("its receipt and the file beside it do not belong together")
-            details = Details.model_validate_json(raw)
+        raw = details.model_dump_json().encode() if details is not None else _bytes(folder / _name(task, "details"), MAX_DETAILS)
+        if xxhash.xxh3_128_hexdigest(raw) != receipt.digest:
+            raise _bad("its receipt is damaged", "its digest is another")
+        details = details or Details.model_validate_json(raw)
     except FileNotFoundError:
         raise _bad("its receipt lacks the file beside it") from None
     except ValidationError as error:

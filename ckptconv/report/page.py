@@ -178,8 +178,8 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
     if report.comparison is not None:
         found.append(("coverage", f"{report.comparison.coverage:.1%} of the target's parameters are filled"))
     if cost:
-        peak = f", peak memory about {nbytes_text(round(cost['peak_nbytes']))}" if "peak_nbytes" in cost else ""
-        found.append(("cost", f"{nbytes_text(round(cost['copied_nbytes']))} copied, {nbytes_text(cost['computed_nbytes'])} computed{peak}"))
+        peak = f", peak memory about {nbytes_text(cost['peak_nbytes'])}" if "peak_nbytes" in cost else ""
+        found.append(("cost", f"{nbytes_text(cost['copied_nbytes'])} copied, {nbytes_text(cost['computed_nbytes'])} computed{peak}"))
     return [*found, ("time", f"{report.seconds:.1f} s")] if report.seconds else found
 
 

@@ -67,6 +67,6 @@ def print_status(found: Status, console: Console, verbose: int = 0) -> None:
     left = found.seconds_left
     if left is not None and found.nbytes_per_second:
         rest = f", {seconds_text(left)} to go" if left else ""
-        console.print(Text(f"  rate     {nbytes_text(round(found.nbytes_per_second))} a second{rest}"))
+        console.print(Text(f"  rate     {nbytes_text(found.nbytes_per_second)} a second{rest}"))
     if len(found.done) == len(tasks.tasks):
         console.print(Text("  all done: ckptconv finish puts it in place", "bold green"))

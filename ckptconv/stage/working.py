@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ class Job:
     ``way_on`` is the command that goes on with the work: whoever finds the folder is told.
     """
 
-    def __init__(self, made: Conversion, way_on: str = "ckptconv run --resume, as it was begun") -> None:
+    def __init__(self, made: Conversion, way_on: str) -> None:
         self.made, self.way_on = made, way_on
         self.tasks = tasks_of(made)
         self.order = order_of(made, self.tasks)
@@ -251,7 +252,8 @@ def resume(made: Conversion, progress: Progress | None = None) -> Produced:
 
     Raises :class:`~ckptconv.errors.OutputError` CK507 where what was begun had other rules, another source or other options.
     """
-    job = Job(made)
+    words = (made.prepared.rules_file, made.prepared.source.path, made.destination)
+    job = Job(made, f"ckptconv run --resume {' '.join(shlex.quote(printable(word)) for word in words)} as it was begun")
     job.start(anew=made.options.force)
     damaged = job.withdraw_damaged()
     kept = job.done()
