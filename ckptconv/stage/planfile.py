@@ -130,12 +130,13 @@ def _with_target(options: Options, text: str, folder: Path, roots: Sequence[Path
 
 def _confine(paths: Iterable[Path], roots: Sequence[Path], plan_file: Path) -> None:
     """Raises :class:`~ckptconv.errors.UsageError` CK106 for paths that lead out of the roots, by links or otherwise."""
-    outside = [path for path in paths if not any(root in (real := Path(os.path.realpath(path))).parents or root == real for root in roots)]
-    if outside:
-        raise UsageError(
-            Problem("CK106", "the plan file names a path outside of the folders that it may use", where=printable(plan_file),
-                    found=printable(outside[0]), try_=f"--root {printable(outside[0].parent)}, if that is meant")
-        )  # fmt: skip
+    for path in paths:
+        real = Path(os.path.realpath(path))
+        if not any(root == real or root in real.parents for root in roots):
+            raise UsageError(
+                Problem("CK106", "the plan file names a path outside of the folders that it may use", where=printable(plan_file),
+                        found=printable(real), try_=f"--root {shlex.quote(printable(real.parent))}, if that is meant")
+            )  # fmt: skip
 
 
 def _same_files(made: Conversion, field_: WorkField, prepared: Prepared) -> None:

@@ -186,6 +186,7 @@ def work(
     if meter is None:
         meter = Meter(progress or (lambda _stage, _done, _total: None), sum(job.tasks.tasks[number].written_nbytes for number in mine))
     tell, claims, done = meter.counted("working"), Claims(job.folder.claims, job.about, lease), []
+    pause = 0.0
     with job.made.sources() as opened:
         while True:
             finished = job.done()
@@ -203,8 +204,9 @@ def work(
                     raise
             if not left or not (moved or wait):
                 return Worked(tuple(done), len(everything), len(job.done()), time.monotonic() - started)
+            pause = 0.0 if moved else min(max(2 * pause, 0.05), _PAUSE, lease / 4)
             if not moved:
-                time.sleep(min(_PAUSE, lease / 4))
+                time.sleep(pause)
                 if not job.folder.is_there:
                     return Worked(tuple(done), len(everything), len(everything), time.monotonic() - started)
 
