@@ -90,6 +90,12 @@ def open_job(plan_file: Path, how: How | None = None) -> Job:
         ]) from None  # fmt: skip
     folder = Path(os.path.abspath(plan_file)).parent
     roots = [Path(os.path.realpath(root)) for root in (folder, Path.cwd(), *how.roots)]
+    upwards = [path for path in (field_.source, *field_.also.values(), field_.destination) if os.pardir in Path(path).parts]
+    if upwards:  # behind a link it means something else to the system than to whoever reads it
+        raise UsageError(
+            Problem("CK106", "a path of a plan file does not lead upwards", where=printable(plan_file), found=printable(upwards[0]),
+                    try_="the whole path from /, with --root")
+        )  # fmt: skip
     source, also, destination = (
         folder / field_.source,
         {name: folder / path for name, path in field_.also.items()},

@@ -116,17 +116,18 @@ def test_a_shard_that_is_a_link_out_of_the_roots(place, monkeypatch):
     blobs.mkdir()
     save_file({"module.a": torch.ones(3)}, blobs / "abc")
     (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
-    ckptconv.plan("dataparallel", snapshot, snapshot / "out.pth", out=place / "other.json")
+    (place / "elsewhere").mkdir()
+    ckptconv.plan("dataparallel", snapshot, place / "out", out=place / "other.json")
     data = json.loads((place / "other.json").read_text())
     assert data["work"]["source"] == "models--a--b/snapshots/r"
-    data["work"] |= {"source": ".", "destination": "out"}
+    data["work"] |= {"source": ".", "destination": str(place / "elsewhere/out")}
     (snapshot / "plan.json").write_text(json.dumps(data))
     monkeypatch.chdir(snapshot)
     with pytest.raises(UsageError) as raised:
-        open_job(snapshot / "plan.json", How([]))
+        open_job(snapshot / "plan.json", How([place / "elsewhere"]))
     assert raised.value.problems[0].code == "CK106"
     assert raised.value.problems[0].found == str(blobs / "abc")
-    open_job(snapshot / "plan.json", How([place / "models--a--b"]))
+    open_job(snapshot / "plan.json", How([place]))
 
 
 BAD = {
