@@ -41,7 +41,7 @@ OWN = options(
 @click.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv work plan.json                       any number of times, anywhere: each takes what is left",
     "ckptconv work plan.json --index 3 --of 8      a share of its own",
-    "srun --array=0-63 ckptconv work plan.json     the share that Slurm, Kubernetes or torchrun says",
+    "sbatch --array=0-7 --wrap 'ckptconv work plan.json'    the share that Slurm, Kubernetes or torchrun says",
 ))  # fmt: skip
 @PLAN
 @click.option("--index", type=click.IntRange(0), metavar="I", help="which share is this worker's, from 0; else as the launcher says")

@@ -217,13 +217,13 @@ def finish(job: Job, progress: Progress | None = None, *, lease: float = LEASE_S
     Raises :class:`~ckptconv.errors.FitError` CK416 naming tasks that are not done, or whose receipts or bytes are damaged: nothing is
     published, and the damaged ones are to be done again.
     """
+    with job.folder.explained():
+        job.folder.refuse_what_is_there()
     if not job.folder.is_there:
         raise FitError(
             Problem("CK416", "no task is done: the work is not begun", where=printable(job.made.destination), try_=job.way_on_work)
         )
     job.folder.check()
-    with job.folder.explained():
-        job.folder.refuse_what_is_there()
     claims = Claims(job.folder.claims, job.about, lease)
     with job.folder.guarded(), claims.take(_FINISH) as got:
         if not got:
