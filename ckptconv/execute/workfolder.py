@@ -62,22 +62,24 @@ class WorkFolder(Place):
             raise OutputError(
                 Problem("CK503", f"the folder {printable(parent)} does not exist", where=self.shown, try_=f"mkdir -p {printable(parent)}")
             )
-        with self.explained():
-            with turn(parent):
-                self.clear()
-                if is_published(self.work):
-                    remove_work(self.work)
-                self.refuse_what_is_there()
-                if self.is_there and anew and self._found().get("parts") != self.order:
-                    self._remove_idle()
-                if not self.is_there:
-                    self.refuse_too_much(self.layout.nbytes - _allocated(self.path))
-                self._make(way_on)
-            self.check()
+        with self.explained(), turn(parent):
+            self.clear()
+            if is_published(self.work):
+                remove_work(self.work)
+            self.refuse_what_is_there()
+            if self.is_there and anew and self._found().get("parts") != self.order:
+                self._remove_idle()
+            if not self.is_there:
+                self.refuse_too_much(self.layout.nbytes - _allocated(self.path))
+            self._make(way_on)
 
     def _make(self, way_on: str) -> None:
         private = 0o700 if self.destination.exists() else 0o777  # what replaces something private is private from its first byte on
         self.work.mkdir(private, exist_ok=True)
+        if not self.is_there:
+            _put_new(self.work / WAY_ON, (way_on + "\n").encode())
+            _put_new(self.work / ORDER, json.dumps({"ckptconv_order": 1, "parts": self.order}, indent=1).encode())
+        self.check()  # before anything is made that another order has no place for
         files = self.path if self.is_folder else self.path.parent
         for folder in (files, self.receipts, self.claims):
             folder.mkdir(private, exist_ok=True)
@@ -89,8 +91,6 @@ class WorkFolder(Place):
                     os.ftruncate(descriptor, file.nbytes)
             finally:
                 os.close(descriptor)
-        _put_new(self.work / WAY_ON, (way_on + "\n").encode())
-        _put_new(self.work / ORDER, json.dumps({"ckptconv_order": 1, "parts": self.order}, indent=1).encode())
 
     def check(self) -> None:
         """Raises :class:`~ckptconv.errors.OutputError` CK507 where the work is made by another order than ours."""
