@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
     from ckptconv.ruleset.model import RuleFile
     from ckptconv.stage.preparing import Options, Prepared
-    from ckptconv.stage.producing import Progress
+    from ckptconv.stage.producing import Produced, Progress
+    from ckptconv.stage.working import Status, Worked
 
 Rules = Union[str, Path, "RuleFile"]
 
@@ -51,23 +52,68 @@ def run(
     ('L0 L1 L3', ['weight'])
     """
     from ckptconv.stage.preparing import Options
-    from ckptconv.stage.producing import noticed, produce
+    from ckptconv.stage.producing import begin, produce
 
     started = time.monotonic()
     chosen = Options(**options)
     with _with_report("run", chosen, destination):
         prepared = _prepared(rules, Path(source), chosen, plan_file)
-        produced = produce(prepared, Path(destination), chosen, progress)
-    report = _report("run", prepared, chosen, {
-        "path": str(destination), "format": produced.shape.format, "files": [file.name for file in produced.layout.files],
-        "tensors": len(prepared.plan.outputs), "nbytes": produced.layout.nbytes, "written": True,
-    })  # fmt: skip
-    left_out = (f"not carried along: {printable(', '.join(produced.left_out[:5]))}",) if produced.left_out else ()
-    return replace(
-        report, source={**report.source, "digest": produced.source_digest}, notes=(*report.notes, *noticed(produced.receipt), *left_out), ladder=produced.ladder,
-        cost={"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
-        seconds=time.monotonic() - started, workers=tuple(worker.to_json() for worker in produced.receipt.workers),
-    )  # fmt: skip
+        if chosen.resume:
+            from ckptconv.stage.working import resume
+
+            produced = resume(begin(prepared, Path(destination), chosen), progress)
+        else:
+            produced = produce(prepared, Path(destination), chosen, progress)
+    return _ran(prepared, chosen, Path(destination), produced, started)
+
+
+def work(
+    plan_file: str | Path, *, index: int | None = None, of: int | None = None, claim: bool | None = None, roots: Sequence[str | Path] = (),
+    lease: float | None = None, wait: bool = True, progress: Progress | None = None, **options: Any,
+) -> Worked:  # fmt: skip
+    """Does tasks of a plan that :func:`plan` saved with a destination, until none is left. Any number of processes may do so at once.
+
+    ``index`` and ``of`` say which share is this worker's (else what a launcher's environment says); with ``claim`` it helps with the rest
+    when that is done. Without a share every task is open to everyone. ``options``: ``threads``, ``max_memory``, ``sync``, ``force``.
+    """
+    from ckptconv.execute.claims import LEASE_SECONDS
+    from ckptconv.stage import working
+    from ckptconv.stage.launchers import checked, share_of
+    from ckptconv.stage.planfile import How, open_job
+
+    if index is not None and of is None:
+        raise UsageError(Problem("CK107", "--index needs --of: how many workers there are"))
+    share = checked(index, of, "--index") if index is not None and of is not None else None if claim else share_of(os.environ, of)
+    job = open_job(Path(plan_file), How([Path(root) for root in roots], options))
+    job.start(anew=job.made.options.force)
+    mine = job.tasks.share(*share) if share is not None else None
+    return working.work(job, mine, help_others=bool(claim), lease=LEASE_SECONDS if lease is None else lease, wait=wait, progress=progress)
+
+
+def finish(plan_file: str | Path, *, roots: Sequence[str | Path] = (), progress: Progress | None = None, **options: Any) -> RunReport:
+    """Puts together what :func:`work` did: verifies the output as :func:`run` does, and renames it into place.
+
+    ``options``: ``target``, ``verify``, ``parity``, ``threads``, ``sync``, ``force``, ``timeout``. Raises
+    :class:`~ckptconv.errors.FitError` CK416 where a task is not done or damaged, and nothing is published.
+    """
+    from ckptconv.stage import working
+    from ckptconv.stage.planfile import How, open_job
+
+    started = time.monotonic()
+    with _with_report("finish", None, ""):
+        job = open_job(Path(plan_file), How([Path(root) for root in roots], options, compare=True))
+        produced = working.finish(job, progress)
+    return _ran(job.made.prepared, job.made.options, job.made.destination, produced, started)
+
+
+def status(plan_file: str | Path, *, roots: Sequence[str | Path] = (), lease: float | None = None) -> Status:
+    """How far the work on a saved plan is: tasks done, claimed, stale and missing, bytes, rate and remaining time."""
+    from ckptconv.execute.claims import LEASE_SECONDS
+    from ckptconv.stage import working
+    from ckptconv.stage.planfile import How, open_job
+
+    job = open_job(Path(plan_file), How([Path(root) for root in roots]))
+    return working.status(job, lease=LEASE_SECONDS if lease is None else lease)
 
 
 def plan(
@@ -83,17 +129,27 @@ def plan(
     chosen = Options(**options)
     with _with_report("plan", chosen, destination or ""):
         prepared = _prepared(rules, Path(source), chosen, plan_file)
-    shape, layout, peak = estimate(prepared, Path(destination) if destination is not None else None, chosen)
+    made, peak = estimate(prepared, Path(destination) if destination is not None else None, chosen)
+    shape, layout = (made.shape, made.layout) if made is not None else (None, None)
+    tasks: dict[str, float] = {}
+    if made is not None and (out is not None or chosen.task_size is not None):
+        from ckptconv.stage.working import tasks_of
+
+        cut = tasks_of(made)
+        tasks = {"tasks": len(cut.tasks), "read_amplification": round(cut.read_amplification, 4)}
     if out is not None:
+        from ckptconv.stage.planfile import plan_for_work
+
         refuse_to_overwrite(Path(out), [word for word in (rules, source, destination) if isinstance(word, (str, Path))])
-        write_text(Path(out), json.dumps(saved_plan(prepared), ensure_ascii=False, indent=1), force=chosen.force)
+        saved = saved_plan(prepared) if made is None else plan_for_work(made, Path(out))
+        write_text(Path(out), json.dumps(saved, ensure_ascii=False, indent=1), force=chosen.force)
     manifest = prepared.plan.manifest
     copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if isinstance(output.expr, Read))
     report = _report("plan", prepared, chosen, {
         "path": str(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
         "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False,
     })  # fmt: skip
-    cost = {"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak}
+    cost = {"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak, **tasks}
     return replace(report, cost=cost, seconds=time.monotonic() - started)
 
 
@@ -543,6 +599,23 @@ def _prepared(rules: Rules | None, source: Path, options: Options, plan_file: st
     return prepare(rules, source, options) if rules is not None else prepare_saved(Path(str(plan_file)), source, options)
 
 
+def _ran(prepared: Prepared, options: Options, destination: Path, produced: Produced, started: float) -> RunReport:
+    """The report of a conversion that was published."""
+    from ckptconv.stage.producing import noticed
+
+    report = _report("run", prepared, options, {
+        "path": str(destination), "format": produced.shape.format, "files": [file.name for file in produced.layout.files],
+        "tensors": len(prepared.plan.outputs), "nbytes": produced.layout.nbytes, "written": True,
+    })  # fmt: skip
+    left_out = (f"not carried along: {printable(', '.join(produced.left_out[:5]))}",) if produced.left_out else ()
+    return replace(
+        report, source={**report.source, "digest": produced.source_digest},
+        notes=(*report.notes, *produced.notes, *noticed(produced.receipt), *left_out), ladder=produced.ladder,
+        cost={"copied_nbytes": produced.receipt.copied_nbytes, "computed_nbytes": produced.receipt.computed_nbytes},
+        seconds=time.monotonic() - started, workers=tuple(worker.to_json() for worker in produced.receipt.workers),
+    )  # fmt: skip
+
+
 def _report(command: str, prepared: Prepared, options: Options, destination: Mapping[str, Any]) -> RunReport:
     """What is known of a conversion before anything is written."""
     from ckptconv.report.changes import changes
@@ -556,9 +629,9 @@ def _report(command: str, prepared: Prepared, options: Options, destination: Map
 
 
 @contextmanager
-def _with_report(command: str, options: Options, destination: str | Path) -> Iterator[None]:
+def _with_report(command: str, options: Options | None, destination: str | Path) -> Iterator[None]:
     """An error that comes when the conversion is prepared says what was known by then, as a report."""
-    from ckptconv.stage.preparing import Prepared
+    from ckptconv.stage.preparing import Options, Prepared
 
     try:
         yield
@@ -566,7 +639,7 @@ def _with_report(command: str, options: Options, destination: str | Path) -> Ite
         if isinstance(error.about, Prepared):
             manifest = error.about.plan.manifest
             planned = {"path": str(destination), "format": "", "tensors": len(manifest), "nbytes": manifest.nbytes, "written": False}
-            error.about = _report(command, error.about, options, planned)
+            error.about = _report(command, error.about, options or Options(), planned)
         raise
 
 

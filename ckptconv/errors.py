@@ -199,6 +199,7 @@ CODES: Mapping[str, str] = {
     "CK413": "Quantised numbers cannot be decoded: a scale is missing, zero or not finite.",
     "CK414": "The output holds values that are not finite, and --forbid-nonfinite was given.",
     "CK415": "A suggested rule leaves open which tensor is which, and nothing settled it.",
+    "CK416": "A task of the work is not done, or its receipt or its bytes are damaged or another's.",
     # 5xx: output
     "CK501": "The output exists, and --force was not given.",
     "CK502": "The output is, or lies inside, the source.",
@@ -206,4 +207,5 @@ CODES: Mapping[str, str] = {
     "CK504": "A format cannot hold what the plan gives it.",
     "CK505": "A needed package is not installed.",
     "CK506": "Another run is writing the same output.",
+    "CK507": "The work that is under way was begun with another plan, source, options or version.",
 }

@@ -6,7 +6,7 @@ Layout comes before filling: once it exists, any worker may write any tensor's b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -63,8 +63,10 @@ def lay_out(
     module_versions: Mapping[str, Mapping[str, Any]] | None = None,
     tree: Any = None,
     phases: Mapping[str, int] | None = None,
+    together: Iterable[Sequence[str]] = (),
 ) -> Layout:
-    """The files that hold ``manifest``; ``phases`` as :meth:`~ckptconv.formats.base.Writer.lay_out` takes them.
+    """The files that hold ``manifest``; ``phases`` as :meth:`~ckptconv.formats.base.Writer.lay_out` takes them. Of names that are
+    ``together`` each group is in one shard, where it fits into one.
 
     Raises :class:`~ckptconv.errors.InputError` CK504 for what the format cannot hold (a dtype, a header past its limit), and
     :class:`~ckptconv.errors.UsageError` CK209 for names that cannot be written.
@@ -79,6 +81,7 @@ def lay_out(
                 destination,
                 is_folder,
                 shard_nbytes,
+                together,
                 {"metadata": metadata or {}, "module_versions": module_versions, "tree": tree, "phases": phases},
             )
     except Refusal as refusal:
@@ -88,12 +91,13 @@ def lay_out(
 
 
 def _lay_out(
-    writer: Writer, manifest: Manifest, destination: PurePath, is_folder: bool, shard_nbytes: int | None, options: Mapping[str, Any]
-) -> Layout:
+    writer: Writer, manifest: Manifest, destination: PurePath, is_folder: bool, shard_nbytes: int | None, together: Iterable[Sequence[str]],
+    options: Mapping[str, Any],
+) -> Layout:  # fmt: skip
     if not is_folder:
         return Layout((writer.lay_out(destination.name, manifest, **options),), is_folder=False)
     stem, suffix = _STEMS[writer.name]
-    shards = plan_shards(manifest, writer.name, shard_nbytes, stem)
+    shards = plan_shards(manifest, writer.name, shard_nbytes, stem, together)
     files = tuple(writer.lay_out(name, part, **options) for name, part in shards)
     if len(shards) < 2:
         return Layout(files, is_folder=True)

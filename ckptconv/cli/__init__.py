@@ -31,6 +31,7 @@ from ckptconv.cli.options import (
     examples,
 )
 from ckptconv.cli.running import Output, guarded
+from ckptconv.cli.working import finish, status, work
 
 
 @click.group(context_settings=CONTEXT, epilog=examples(
@@ -72,6 +73,7 @@ def cli() -> None:
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
 @HTML
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
+@click.option("--resume", is_flag=True, help="go on with what an interrupted run with --resume did; begin so, if there is none")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
 @NO_PROGRESS
 @TALK
@@ -96,7 +98,7 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
         out.files(report, html, [*given, None if os.path.isdir(destination) else destination])
         settings = {**options, "set": set_, "format": format_}
         if dry_run:
-            del settings["verify"]
+            del settings["verify"], settings["resume"]
             out.run_report(api.plan(rules, source, destination, plan_file=plan_file, **settings))
         else:
             with out.progress(enabled=not no_progress) as progress:
@@ -107,12 +109,26 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
 @cli.command(context_settings=CONTEXT, epilog=examples(
     "ckptconv plan dataparallel in.pth",
     "ckptconv plan rules/mine.yaml in/ out/ --target hf:in --out plan.json",
+    "ckptconv plan rules/mine.yaml in/ out/ --out plan.json --task-size 2GB     for `ckptconv work`",
 ))  # fmt: skip
 @click.argument("rules", metavar="RULES", type=RulesWord())
 @click.argument("source", metavar="SRC", type=click.Path())
 @click.argument("destination", metavar="[DST]", required=False, type=click.Path())
 @CONVERSION
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="plan.json", help="save the plan for `run --plan`")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="plan.json",
+    help="save the plan for `run --plan`; with DST for `work`",
+)
+@click.option(
+    "--verify",
+    type=Levels(none=True),
+    default="auto",
+    show_default=LEVEL_DEFAULT,
+    metavar="LEVEL",
+    help="how far `finish` proves the result",
+)
 @HTML
 @TALK
 def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None,
@@ -390,6 +406,9 @@ def completion(shell: str) -> None:
 
 cli.add_command(explain)
 cli.add_command(suggest)
+cli.add_command(work)
+cli.add_command(finish)
+cli.add_command(status)
 
 
 def main() -> int:

@@ -90,6 +90,7 @@ CONVERSION = options(
     click.option("--lossy", is_flag=True, help="with --reverse: leave out what cannot come back"),
     click.option("--force", is_flag=True, help="replace what is at DST; without it nothing is ever overwritten"),
     THREADS,
+    click.option("--task-size", metavar="SIZE", help="of a conversion in tasks (`work`, --resume): bytes of one  [default: 1GB]"),
     click.option("--max-memory", metavar="SIZE", help="refuse a conversion that would need more"),
     click.option("--max-output", metavar="SIZE", help="refuse an output that would be larger"),
     click.option("--forbid-nonfinite", is_flag=True, help="refuse an output with a NaN or an infinity in it"),

@@ -13,12 +13,12 @@ from ckptconv.execute import arrays, writeback
 from ckptconv.execute.checksums import Checksums
 from ckptconv.execute.copying import Found, write_at
 from ckptconv.execute.crew import Worker
-from ckptconv.execute.memory import memory_explained
 from ckptconv.execute.memory_run import computed
 from ckptconv.execute.nonfinite import NONFINITE, nonfinite_in
-from ckptconv.execute.ranges import span_of
 from ckptconv.execute.sources import bytes_of, checksum_mismatch
+from ckptconv.memory import memory_explained
 from ckptconv.plan import Apply, Output, Read
+from ckptconv.ranges import span_of
 from ckptconv.spec import DType
 from ckptconv.transforms import Cast
 from ckptconv.transforms.noticing import notice, noticing

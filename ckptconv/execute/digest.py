@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import xxhash
 
 from ckptconv.execute.checksums import Checksums
-from ckptconv.execute.ranges import Span, span_of
 from ckptconv.execute.sources import Sources, bytes_of, checksum_mismatch
 from ckptconv.formats.base import Placed, Storage
+from ckptconv.ranges import Span, span_of
 from ckptconv.spec import Manifest
 
 _BLOCK = 1 << 20

@@ -16,12 +16,13 @@ from ckptconv.execute.checksums import Checksums
 from ckptconv.execute.copying import Copier, Copy, Found, Piece, batches, write_at
 from ckptconv.execute.crew import Crew, Task, Worker
 from ckptconv.execute.descriptors import Descriptors
-from ckptconv.execute.memory import budget_nbytes, peak_nbytes
-from ckptconv.execute.ranges import Span, as_spans
 from ckptconv.execute.sources import Sources
 from ckptconv.execute.truth import check_truth_values
 from ckptconv.formats.base import FileLayout, Placed
-from ckptconv.plan import Output, Plan, Read, islands
+from ckptconv.memory import budget_nbytes, peak_nbytes
+from ckptconv.plan import Output, Plan, islands, reads
+from ckptconv.ranges import Span, as_spans
+from ckptconv.tasks import outputs_of
 
 Report = Callable[[int], None]
 _EMPTY_DIGEST = Checksums(crc=False, digest=True).digest
@@ -74,6 +75,7 @@ def fill(
     folder: Path,
     *,
     kept: Mapping[str, Placed] | None = None,
+    outputs: Sequence[Output] | None = None,
     threads: int = 2,
     max_memory: int | None = None,
     digests: bool = False,
@@ -81,6 +83,8 @@ def fill(
     progress: Report | None = None,
 ) -> Receipt:
     """Writes every tensor's bytes into its slot of the files in ``folder``. Headers are written by :func:`seal_all`.
+
+    With ``outputs``, only those of all are written, into files that are there at their full sizes, while others may fill the rest.
 
     With ``digests``, those of the source's tensors and of the outputs are taken while the bytes pass, and recorded CRC-32s compared. With
     ``sync``, pages are sent to the disk early, because an fsync will come.
@@ -96,7 +100,8 @@ def fill(
     copies: dict[str, list[Copy]] = {layout.name: [] for layout in layouts}
     to_compute: list[Output] = []
     copied = 0
-    for output in (*plan.stored, *(Output(name, Read(name, place.spec)) for name, place in (kept or {}).items())):
+    chosen = outputs_of(plan, kept) if outputs is None else outputs
+    for output in chosen:
         spans = as_spans(output.expr, everything)
         if spans is None:
             to_compute.append(output)
@@ -114,9 +119,9 @@ def fill(
     groups = islands(to_compute)
     peaks = [peak_nbytes(group) for group in groups]
     budget = budget_nbytes(groups, peaks, threads, max_memory)
-    check_truth_values(sources, everything)
+    check_truth_values(sources, everything if outputs is None else {name: everything[name] for each in chosen for name in reads(each.expr)})
     number = {layout.name: at for at, layout in enumerate(layouts)}
-    with closing(_outputs(layouts, folder)) as descriptors, ExitStack() as stack:
+    with closing(_outputs(layouts, folder, sized=outputs is not None)) as descriptors, ExitStack() as stack:
         bench = Bench(everything, sources, where, wants_crc, digests, sync, descriptors, number, seen)
         tasks: list[Task] = [
             CopyRanges(name, batch, bench)
@@ -183,12 +188,16 @@ def _copy(output: str, destination: int, spans: Sequence[Span], *, crc: bool, di
     return Copy(destination, pieces, output, crc, digest)
 
 
-def _outputs(layouts: Sequence[FileLayout], folder: Path) -> Descriptors:
-    """The output files at their full sizes. Space is asked for now, where the filesystem can promise it: a full disk shows before the work."""
+def _outputs(layouts: Sequence[FileLayout], folder: Path, *, sized: bool) -> Descriptors:
+    """The output files at their full sizes. Space is asked for now, where the filesystem can promise it: a full disk shows before the work.
+
+    Files that are ``sized`` already are left as they are: where a filesystem cannot promise space, the C library asks for it by writing.
+    """
     paths = [folder / layout.name for layout in layouts]
-    descriptors = Descriptors(lambda at: os.open(paths[at], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    create = 0 if sized else os.O_CREAT
+    descriptors = Descriptors(lambda at: os.open(paths[at], os.O_RDWR | create | os.O_CLOEXEC, 0o666))
     try:
-        for at, layout in enumerate(layouts):
+        for at, layout in enumerate(() if sized else layouts):
             with descriptors.use(at) as descriptor:
                 os.ftruncate(descriptor, layout.nbytes)
                 if layout.nbytes and hasattr(os, "posix_fallocate"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ckptconv.execute.memory import memory_explained, peak_nbytes
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Placed
+from ckptconv.memory import memory_explained, peak_nbytes
 from ckptconv.plan import Apply, Expr, Fill, Output, Plan, Read, walk
 from ckptconv.transforms.base import Transform
 

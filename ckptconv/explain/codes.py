@@ -312,6 +312,12 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("--pair 'norm1=norm_b' says which belongs to which", "--parity source=… lets the models' outputs decide",
          "read the rule, and --accept-ambiguous if it is right"),
     ),
+    "CK416": (
+        "`finish` puts the receipts of all tasks together. Where one is missing, damaged or of another plan, or its bytes are not those that it tells of, "
+        "nothing is published, and that task is to be done again.",
+        ".out.ckptconv-work  [CK416]\n  1 of 8 tasks are not done\n  found: tasks 3\n  try: ckptconv work plan.json",
+        ("ckptconv work plan.json does what is left; what is done is not done again", "ckptconv status plan.json names every task"),
+    ),
     "CK501": (
         "Nothing is ever overwritten unless you say so.",
         "out.pth  [CK501]\n  the destination exists\n  try: --force",
@@ -340,6 +346,13 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "CK506": (
         "Two runs would write one output; the second is refused, so that nobody gets half of each.",
         "out.pth  [CK506]\n  another run is writing this output",
-        ("wait until the other run is done, or choose another DST",),
+        ("wait until the other run is done, or choose another DST",
+         "work in tasks that nobody goes on with: finish it by the command that the message names, or remove its folder"),
+    ),
+    "CK507": (
+        "Work in tasks goes on where it was left, so everybody must write the same bytes to the same places: the same rules, plan, source files, options, "
+        "ckptconv, and torch where something is computed.",
+        ".out.ckptconv-work  [CK507]\n  the work that is under way was begun with something else: the rules",
+        ("go on with the words and versions that it was begun with", "--force begins anew, and so does removing the folder"),
     ),
 }  # fmt: skip

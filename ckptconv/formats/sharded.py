@@ -252,23 +252,37 @@ def _is_companion(folder: Path, name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- writing
 
 
-def plan_shards(manifest: Manifest, format: str, shard_nbytes: int | None, stem: str) -> list[tuple[str, Manifest]]:  # noqa: A002
+def plan_shards(
+    manifest: Manifest, format: str, shard_nbytes: int | None, stem: str, together: Iterable[Sequence[str]] = (),  # noqa: A002
+) -> list[tuple[str, Manifest]]:  # fmt: skip
     """File names and what goes into each: names in order, at most ``shard_nbytes`` bytes a file where a single tensor does not pass that.
 
-    The names of a tie stay together. Without a limit, or where everything fits, it is one file without a number.
+    The names of a tie stay together, and so do those of each group in ``together`` that fits into a file. Without a limit, or where
+    everything fits, it is one file without a number.
 
     >>> from ckptconv.spec import DType
     >>> m = Manifest({name: TensorSpec((256,), DType.float32) for name in "abc"})
     >>> [(name, list(part)) for name, part in plan_shards(m, "safetensors", 2048, "model")]
     [('model-00001-of-00002.safetensors', ['a', 'b']), ('model-00002-of-00002.safetensors', ['c'])]
+    >>> [list(part) for _, part in plan_shards(m, "safetensors", 2048, "model", [("b", "c")])]
+    [['a'], ['b', 'c']]
     """
+    stored = manifest.stored
+    group_of: dict[str, Sequence[str]] = {}
+    for group in together:
+        if shard_nbytes is None or sum(stored[name].nbytes for name in group) <= shard_nbytes:
+            group_of.update(dict.fromkeys(group, group))
     shard_of: dict[str, int] = {}
     at, filled = 0, 0
-    for name, spec in manifest.stored.items():
-        if filled and shard_nbytes is not None and filled + spec.nbytes > shard_nbytes:
+    for name in stored:
+        if name in shard_of:  # it came with its group
+            continue
+        names = group_of.get(name, (name,))
+        nbytes = sum(stored[each].nbytes for each in names)
+        if filled and shard_nbytes is not None and filled + nbytes > shard_nbytes:
             at, filled = at + 1, 0
-        shard_of[name] = at
-        filled += spec.nbytes
+        shard_of.update(dict.fromkeys(names, at))
+        filled += nbytes
     aliases = manifest.aliases
     tensors: list[dict[str, TensorSpec]] = [{} for _ in range(at + 1)]
     for name, spec in manifest.tensors.items():

@@ -33,7 +33,8 @@ class RunReport:
     comparison: Comparison | None = None
     allowed: str = ""  #: the sentence on what stays at its initial values
     ladder: Ladder = field(default_factory=Ladder)
-    cost: Mapping[str, int] = field(default_factory=dict)  #: copied_nbytes, computed_nbytes, peak_nbytes
+    #: copied_nbytes, computed_nbytes, peak_nbytes; of a plan in tasks also how many, and read_amplification
+    cost: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     workers: tuple[Mapping[str, Any], ...] = ()  #: of a run: number, copied_nbytes, cloned_nbytes, computed_nbytes, seconds
     plan: Plan | None = field(default=None, repr=False)  #: where everything comes from, for views that show it

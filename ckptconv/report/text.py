@@ -26,7 +26,7 @@ _MARKS: Mapping[str, tuple[str, str]] = {"passed": ("ok", "green"), "failed": ("
 _SHOWN_LAST = ("unchanged", "dropped")
 
 
-def nbytes_text(nbytes: int) -> str:
+def nbytes_text(nbytes: float) -> str:
     """Bytes as people say them, decimal.
 
     >>> nbytes_text(999), nbytes_text(2_300_000_000)
@@ -35,7 +35,7 @@ def nbytes_text(nbytes: int) -> str:
     size = float(nbytes)
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
-            return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
+            return f"{nbytes:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
 
@@ -157,10 +157,11 @@ def _closing(report: RunReport) -> Text:
         )
     if report.command == "plan":
         cost = report.cost
+        tasks = f"; {cost['tasks']:,} tasks, which read the source {cost['read_amplification']:.2f} times" if "tasks" in cost else ""
         return Text.assemble(
             ("nothing written: this is the plan  ", "bold"),
             f"{where['tensors']:,} tensors, {size}: {nbytes_text(cost['copied_nbytes'])} copied, {nbytes_text(cost['computed_nbytes'])} computed, "
-            f"peak memory about {nbytes_text(cost['peak_nbytes'])}",
+            f"peak memory about {nbytes_text(cost['peak_nbytes'])}{tasks}",
         )  # fmt: skip
     failed = report.ladder.failed
     verdict = Text("not verified", "bold red") if failed else Text(f"verified {report.ladder.reached}", "bold green")

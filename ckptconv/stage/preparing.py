@@ -30,6 +30,7 @@ from ckptconv.stage.opening import (
 )
 
 if TYPE_CHECKING:
+    from ckptconv.ruleset.model import Allow as AllowField
     from ckptconv.stage.parity import Parity
     from ckptconv.target.building import Builder
 
@@ -53,6 +54,8 @@ class Options:
     untie: bool = False
     max_memory: str | None = None
     max_output: str | None = None
+    task_size: str | None = None  #: of a conversion in tasks
+    resume: bool = False  #: go on with what an interrupted run with this option did
     forbid_nonfinite: bool = False
     allow_code: bool = False  #: the rule file may name a ``py:`` target
     sync: bool = True
@@ -86,6 +89,7 @@ class Prepared:
     allowed: str  #: the sentence on what stays at its initial values
     parity: Parity | None = None
     rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, of the rules and those that they include
+    allowed_names: Mapping[str, Sequence[str]] = field(default_factory=dict)  #: what ``allow`` was made of: missing, … -> patterns
     builder: Builder | None = field(default=None, repr=False, compare=False)  #: of a target that is a model, until it is verified
 
     @property
@@ -137,11 +141,16 @@ def _backwards(make: Callable[..., Plan], opened: Source, rules: RuleFile, optio
 
 def prepare_saved(plan_file: Path, source: Path, options: Options) -> Prepared:
     """A conversion by a plan that ``plan --out`` saved. Refuses when the source's names, shapes, dtypes or ties are not the plan's."""
-    data = read_json(plan_file, "the plan", MAX_PLAN)
+    return prepare_read(read_json(plan_file, "the plan", MAX_PLAN), plan_file, source, options)
+
+
+def prepare_read(data: Any, plan_file: Path, source: Path, options: Options) -> Prepared:
+    """The same for a plan file that was read already."""
     try:
         saved = data["plan"]
         plan = Plan.from_json(saved)
         label, file, digest, select = (str(data[key]) for key in ("rules", "rules_file", "rules_digest", "select"))
+        allowed = _allowed(data.get("allow", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(Problem("CK107", f"not a plan of `ckptconv plan --out`: {printable(error)}", where=printable(plan_file))) from None
     opened = open_source(source, [select], also=named_paths(options.also))
@@ -152,7 +161,14 @@ def prepare_saved(plan_file: Path, source: Path, options: Options) -> Prepared:
             Problem("CK311", "the source is not the one that the plan was made for", where=printable(source),
                     found=f"{different} tensors missing or different, {extra} new", try_="ckptconv plan … --out again")
         )  # fmt: skip
-    return _against_target(None, label, file, digest, opened, plan, options)
+    return _against_target(None, label, file, digest, opened, plan, options, allowed)
+
+
+def _allowed(data: Any) -> AllowField:
+    """The differences from the target that the rules of a saved plan allow. Raises ``ValueError`` for anything else."""
+    from ckptconv.ruleset.model import Allow as Field
+
+    return Field.model_validate(data)
 
 
 def saved_plan(prepared: Prepared) -> dict[str, Any]:
@@ -160,13 +176,18 @@ def saved_plan(prepared: Prepared) -> dict[str, Any]:
     return {
         "rules": prepared.label, "rules_file": prepared.rules_file, "rules_digest": prepared.rules_digest,
         "select": prepared.source.container.path, "source_fingerprint": prepared.plan.source.fingerprint,
-        "plan_fingerprint": prepared.plan.fingerprint, "plan": prepared.plan.to_json(),
+        "plan_fingerprint": prepared.plan.fingerprint, "allow": {word: list(texts) for word, texts in prepared.allowed_names.items()},
+        "plan": prepared.plan.to_json(),
     }  # fmt: skip
 
 
-def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, source: Source, plan: Plan, options: Options) -> Prepared:
+def _against_target(
+    rules: RuleFile | None, label: str, file: str, digest: str, source: Source, plan: Plan, options: Options, allowed_field: AllowField | None = None
+) -> Prepared:  # fmt: skip
     field_ = rules.header.target if rules is not None else None
-    allow = allowed_by(field_.allow) if field_ is not None else Allow()
+    if field_ is not None:
+        allowed_field = field_.allow
+    allow = allowed_by(allowed_field) if allowed_field is not None else Allow()
     wanted_target = None
     if options.target is not None:
         wanted_target = parse_target(options.target, None, source.path)
@@ -186,8 +207,15 @@ def _against_target(rules: RuleFile | None, label: str, file: str, digest: str, 
         wanted = builder.manifest(options.timeout) if builder is not None else target.manifest_of(wanted_target, timeout=options.timeout)
         comparison = compare(plan.manifest, wanted, allow)
         allowed = explain_missing_initial(comparison, wanted)
-    prepared = Prepared(label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed, parity, texts, builder)
+    prepared = Prepared(
+        label, file, digest, source, plan, wanted_target, wanted, allow, comparison, allowed, parity, texts, _texts(allowed_field), builder
+    )
     if wanted_target is not None and comparison is not None and not comparison.fits:
         problems = [problem if problem.where else problem.at(wanted_target.text) for problem in comparison.problems()]
         raise FitError(problems, about=prepared)
     return prepared
+
+
+def _texts(allowed: AllowField | None) -> dict[str, tuple[str, ...]]:
+    patterns = ((word, getattr(allowed, word)) for word in ("missing", "unexpected", "shape", "dtype")) if allowed is not None else ()
+    return {word: tuple(pattern.text for pattern in found) for word, found in patterns if found}

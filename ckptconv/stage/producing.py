@@ -10,24 +10,24 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ckptconv import formats
 from ckptconv._version import __version__
 from ckptconv.errors import FitError, OutputError, Problem, Refusal, UsageError, printable
 from ckptconv.execute.digest import content_digest, digest_tensors
 from ckptconv.execute.engine import Receipt, fill, seal_all
-from ckptconv.execute.memory import plan_peak
 from ckptconv.execute.nonfinite import nonfinite_counts
-from ckptconv.execute.ranges import phases_of
 from ckptconv.execute.sources import Sources
-from ckptconv.execute.staging import Staging, refuse_overlap
-from ckptconv.formats.base import Placed
+from ckptconv.execute.staging import Place, Staging, refuse_overlap
+from ckptconv.formats.base import FileLayout, Placed
 from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, not_written_here, parse_size, renamed_versions
+from ckptconv.memory import plan_peak
 from ckptconv.names import collapse
 from ckptconv.plan import Read, reads
+from ckptconv.ranges import phases_of
 from ckptconv.stage.preparing import Options, Prepared
 from ckptconv.stage.recorded import OURS
+from ckptconv.tasks import computed_islands
 from ckptconv.verify import Evidence, Ladder, climb
 
 Progress = Callable[[str, int, int], None]
@@ -56,6 +56,7 @@ class Produced:
     ladder: Ladder
     source_digest: str
     left_out: tuple[str, ...]  #: entries of the source that could not be carried along
+    notes: tuple[str, ...] = ()
 
 
 def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
@@ -83,13 +84,55 @@ def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
     return Shape(destination, options.format or (None if is_folder else suffix_format) or source_format, is_folder, shards)
 
 
-def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Shape | None, Layout | None, int]:
+@dataclass(frozen=True)
+class Conversion:
+    """A prepared conversion with its destination, laid out: every output has its place, and no byte is written yet."""
+
+    prepared: Prepared
+    destination: Path
+    options: Options
+    shape: Shape
+    layout: Layout
+    kept: Mapping[str, Placed]  #: tensors of the source that are carried along beside the state_dict, by slot
+    left_out: tuple[str, ...]
+
+    @property
+    def beside(self) -> tuple[Path, ...]:
+        """Files of the source's folder that come along."""
+        return self.prepared.source.contents.neighbours if self.shape.is_folder else ()
+
+    @property
+    def nbytes(self) -> int:
+        """What will be on the disk."""
+        return self.layout.nbytes + sum(neighbour.stat().st_size for neighbour in self.beside if neighbour.is_file())
+
+    def sources(self) -> Sources:
+        """The source's files, to be opened: the same that were planned for, or refused."""
+        return Sources(self.prepared.source.files, self.prepared.source.contents.identities)
+
+    def meter(self, progress: Progress | None) -> Meter:
+        """One measure over everything that is written, and read back where that is wanted."""
+        total = sum(slot.nbytes for file in self.layout.files for slot in file.slots.values())
+        if self.options.level is not None:  # what the output does not take of the source is read, too
+            total = 2 * total + _untouched_nbytes(self.prepared)
+        return Meter(progress or (lambda _stage, _done, _total: None), total)
+
+
+def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Conversion | None, int]:
     """What producing would write, and its peak memory in bytes; pure."""
     peak = plan_peak(prepared.plan, options.threads)
-    if destination is None:
-        return None, None, peak
+    return None if destination is None else _lay(prepared, shape_of(prepared, destination, options), options), peak
+
+
+def begin(prepared: Prepared, destination: Path, options: Options) -> Conversion:
+    """The conversion laid out, and everything refused that can be refused before a byte is written."""
     shape = shape_of(prepared, destination, options)
-    return shape, _laid_out(prepared, shape, options)[0], peak
+    refuse_overlap(destination, [prepared.source.path, *prepared.source.files])
+    if options.force:
+        _refuse_more_than_a_checkpoint(destination)
+    made = _lay(prepared, shape, options)
+    _check_size(made.layout, destination, options)
+    return made
 
 
 def produce(prepared: Prepared, destination: Path, options: Options, progress: Progress | None = None) -> Produced:
@@ -98,52 +141,43 @@ def produce(prepared: Prepared, destination: Path, options: Options, progress: P
     Raises :class:`~ckptconv.errors.OutputError`, :class:`~ckptconv.errors.FitError` (verification) or
     :class:`~ckptconv.errors.InputError` (the source changed or is damaged); in every case the destination is as it was.
     """
-    shape = shape_of(prepared, destination, options)
-    source = prepared.source
-    refuse_overlap(destination, [source.path, *source.files])
-    if options.force:
-        _refuse_more_than_a_checkpoint(destination)
-    layout, kept, left_out = _laid_out(prepared, shape, options)
+    made = begin(prepared, destination, options)
     max_memory = parse_size(options.max_memory) if options.max_memory else None
-    _check_size(layout, destination, options)
-    beside = source.contents.neighbours if shape.is_folder else ()
-    nbytes = layout.nbytes + sum(neighbour.stat().st_size for neighbour in beside if neighbour.is_file())
-    with (
-        Staging(destination, is_folder=shape.is_folder, force=options.force, nbytes=nbytes) as staging,
-        Sources(source.files, source.contents.identities) as opened,
-    ):
-        folder, files = staging.folder, [staging.path_of(file.name) for file in layout.files]
-        metadata = dict(layout.files[0].metadata)
-        verified = options.level is not None
-        meter = Meter(
-            progress or (lambda _stage, _done, _total: None), sum(slot.nbytes for file in layout.files for slot in file.slots.values())
-        )
-        if verified:  # what is written is read back, and what the output does not take of the source is read, too
-            meter.total = 2 * meter.total + _untouched_nbytes(prepared)
-        receipt = fill(prepared.plan, source.placed, opened, _named(layout, files), folder, kept=kept, threads=options.threads,
-                       max_memory=max_memory, digests=verified, sync=options.sync, progress=meter.counted("writing"))  # fmt: skip
-        seal_all(_named(layout, files), receipt, metadata, folder)
-        if layout.index is not None:
-            staging.path_of(layout.index[0]).write_bytes(layout.index[1])
-        if options.forbid_nonfinite:
-            _check_finite(prepared, folder if shape.is_folder else files[0], options)
-        ladder, source_digest = Ladder(), ""
-        if options.level is not None:
-            digests = digest_tensors(opened, source.placed, threads=options.threads, known=receipt.source_digests, checked=receipt.checked,
-                                     progress=meter.counted("reading"))  # fmt: skip
-            source_digest = content_digest(source.manifest, digests)
-            ladder = climb(_evidence(prepared, shape, folder, files, digests, receipt, options, meter.counted("verifying")), options.level)
-        opened.check_unchanged()
-        if ladder.failed is not None:
-            rung = ladder.failed
-            problems = ladder.problems or [Problem("CK407", rung.sentence, where=f"L{rung.level} {rung.name}")]
-            raise FitError(problems, ladder.to_json(), prepared)
-        metadata[OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
-        metadata[OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
-        seal_all(_named(layout, files), receipt, metadata, folder)
-        _copy_neighbours(beside, staging)
-        staging.publish(sync=options.sync)
-    return Produced(shape, layout, receipt, ladder, source_digest, tuple(left_out))
+    meter = made.meter(progress)
+    with Staging(destination, is_folder=made.shape.is_folder, force=options.force, nbytes=made.nbytes) as staging, made.sources() as opened:
+        receipt = fill(prepared.plan, prepared.source.placed, opened, _named(made.layout, staging), staging.folder, kept=made.kept,
+                       threads=options.threads, max_memory=max_memory, digests=options.level is not None, sync=options.sync,
+                       progress=meter.counted("writing"))  # fmt: skip
+        return conclude(made, staging, opened, receipt, meter)
+
+
+def conclude(made: Conversion, place: Place, opened: Sources, receipt: Receipt, meter: Meter) -> Produced:
+    """What comes after filling, whoever filled: seal, verify, stamp, rename into place. Raises as :func:`produce` does."""
+    prepared, options, layout, source = made.prepared, made.options, made.layout, made.prepared.source
+    folder, files = place.folder, [place.path_of(file.name) for file in layout.files]
+    named, metadata = _named(layout, place), dict(layout.files[0].metadata)
+    seal_all(named, receipt, metadata, folder)
+    if layout.index is not None:
+        place.path_of(layout.index[0]).write_bytes(layout.index[1])
+    if options.forbid_nonfinite:
+        _check_finite(prepared, folder if made.shape.is_folder else files[0], options)
+    ladder, source_digest = Ladder(), ""
+    if options.level is not None:
+        digests = digest_tensors(opened, source.placed, threads=options.threads, known=receipt.source_digests, checked=receipt.checked,
+                                 progress=meter.counted("reading"))  # fmt: skip
+        source_digest = content_digest(source.manifest, digests)
+        ladder = climb(_evidence(prepared, made.shape, folder, files, digests, receipt, options, meter.counted("verifying")), options.level)
+    opened.check_unchanged()
+    if ladder.failed is not None:
+        rung = ladder.failed
+        problems = ladder.problems or [Problem("CK407", rung.sentence, where=f"L{rung.level} {rung.name}")]
+        raise FitError(problems, ladder.to_json(), prepared)
+    metadata[OURS + "source_digest"] = (source_digest or "not taken").ljust(_DIGEST_WIDTH)
+    metadata[OURS + "verified"] = ladder.reached.ljust(_PROVED_WIDTH)
+    seal_all(named, receipt, metadata, folder)
+    _copy_neighbours(made.beside, place)
+    place.publish(sync=options.sync)
+    return Produced(made.shape, layout, receipt, ladder, source_digest, made.left_out)
 
 
 def _check_finite(prepared: Prepared, written: Path, options: Options) -> None:
@@ -182,7 +216,7 @@ def _check_size(layout: Layout, destination: Path, options: Options) -> None:
         )  # fmt: skip
 
 
-def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layout, dict[str, Placed], list[str]]:
+def _lay(prepared: Prepared, shape: Shape, options: Options) -> Conversion:
     source, plan = prepared.source, prepared.plan
     tree, kept, left_out = None, dict[str, Placed](), list[str]()
     if options.keep_extras:
@@ -193,12 +227,15 @@ def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layou
         except Refusal as refusal:
             raise UsageError(refusal.at(printable(source.path))) from None
     renamed = {output.expr.name: output.name for output in plan.outputs if isinstance(output.expr, Read)}
+    together: list[list[str]] = []
+    if shape.shard_nbytes is not None and plan.manifest.nbytes > shape.shard_nbytes:  # so that no task computes what another does too
+        together = [[output.name for output in island] for island in computed_islands(plan.stored, source.placed) if len(island) > 1]
     layout = lay_out(
         plan.manifest, shape.destination, format=shape.format, is_folder=shape.is_folder, shard_nbytes=shape.shard_nbytes,
         metadata=_metadata(prepared), module_versions=renamed_versions(source.container.module_versions, renamed) or None, tree=tree,
-        phases=phases_of(plan.stored, source.placed),
+        phases=phases_of(plan.stored, source.placed), together=together,
     )  # fmt: skip
-    return layout, kept, left_out
+    return Conversion(prepared, shape.destination, options, shape, layout, kept, tuple(left_out))
 
 
 def _metadata(prepared: Prepared) -> dict[str, str]:
@@ -250,15 +287,15 @@ def _refuse_more_than_a_checkpoint(destination: Path) -> None:
         )  # fmt: skip
 
 
-def _copy_neighbours(neighbours: Iterable[Path], staging: Staging) -> None:
+def _copy_neighbours(neighbours: Iterable[Path], place: Place) -> None:
     """config.json, tokenizer and the like come along when a folder becomes a folder."""
     for neighbour in neighbours:
         try:
-            shutil.copyfile(neighbour, staging.path_of(neighbour.name))
+            shutil.copyfile(neighbour, place.path_of(neighbour.name))
         except OSError as error:
             raise OutputError(
                 Problem("CK503", f"{printable(neighbour.name)} cannot be copied along: {error.strerror or error}",
-                        where=printable(staging.destination), found=printable(neighbour), try_="free some space, or move that file away")
+                        where=place.shown, found=printable(neighbour), try_="free some space, or move that file away")
             ) from None  # fmt: skip
 
 
@@ -286,6 +323,6 @@ def _untouched_nbytes(prepared: Prepared) -> int:
     return sum(placed.spec.nbytes for name, placed in prepared.source.placed.items() if name not in used)
 
 
-def _named(layout: Layout, files: list[Path]) -> list[Any]:
+def _named(layout: Layout, place: Place) -> list[FileLayout]:
     """The layouts under the names that their files have while they are staged."""
-    return [replace(file, name=path.name) for file, path in zip(layout.files, files, strict=True)]
+    return [replace(file, name=place.path_of(file.name).name) for file in layout.files]

@@ -16,11 +16,11 @@ from ckptconv import formats
 from ckptconv.compare import Allow, compare
 from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, printable
 from ckptconv.execute.digest import digest_spans, digest_tensors
-from ckptconv.execute.ranges import as_spans
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Container, Placed
 from ckptconv.names import collapse
 from ckptconv.plan import Apply, Fill, Output, Plan, Read, reads
+from ckptconv.ranges import as_spans
 from ckptconv.spec import Manifest
 from ckptconv.verify.rungs import Ladder, Rung
 

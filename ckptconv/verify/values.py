@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptconv.errors import Problem, printable
-from ckptconv.execute.memory import memory_explained, peak_nbytes
 from ckptconv.execute.memory_run import computed
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Placed
+from ckptconv.memory import memory_explained, peak_nbytes
 from ckptconv.plan import Apply, Fill, Output, Plan, Read, reads, walk
 from ckptconv.transforms import Concat, Guard, Rearrange, Reshape, Slice
 

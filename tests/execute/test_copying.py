@@ -19,8 +19,8 @@ from ckptconv import api, formats
 from ckptconv.errors import InputError, OutputError
 from ckptconv.execute import cloning, copying, writeback
 from ckptconv.execute.copying import BLOCK, Copier, Copy, Piece, batches
-from ckptconv.execute.memory import fixed_nbytes
 from ckptconv.execute.sources import Sources
+from ckptconv.memory import fixed_nbytes
 
 RULE = "version: 1\nname: r\nsummary: s\nsteps:\n  - {step}\n"
 

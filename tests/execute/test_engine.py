@@ -14,9 +14,9 @@ from ckptconv.errors import FitError, InputError, OutputError
 from ckptconv.execute.copying import BLOCK, Copy, Piece, batches
 from ckptconv.execute.digest import content_digest, digest_tensors
 from ckptconv.execute.engine import fill, seal_all
-from ckptconv.execute.memory import peak_nbytes, plan_peak
 from ckptconv.execute.memory_run import computed, evaluate
 from ckptconv.execute.sources import Sources
+from ckptconv.memory import peak_nbytes, plan_peak
 from ckptconv.plan import Output, Plan, Read, apply
 from ckptconv.planner import make_plan
 from ckptconv.ruleset.model import parse
