@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ckptconv import ruletests
     from ckptconv.backwards import BackRule
+    from ckptconv.report.batch import BatchItem, BatchReport
     from ckptconv.report.explaining import Explanation, SuggestReport
     from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
     from ckptconv.ruleset.model import RuleFile
@@ -114,6 +115,45 @@ def status(plan_file: str | Path, *, roots: Sequence[str | Path] = (), lease: fl
 
     job = open_job(Path(plan_file), How([Path(root) for root in roots]))
     return working.status(job, lease=LEASE_SECONDS if lease is None else lease)
+
+
+def batch(
+    sources: Sequence[str | Path], rules: str | Path, destination: str | Path, *, jobs: int | None = None, dry_run: bool = False,
+    progress: Progress | None = None, told: Callable[[BatchItem], None] | None = None, **options: Any,
+) -> BatchReport:  # fmt: skip
+    """Converts many checkpoints into the folder ``destination``: those of which its lock does not say that they are done.
+
+    ``sources`` are files, patterns and folders; ``options`` are those of :func:`run`. ``told`` hears of each checkpoint as soon as it is
+    converted. A checkpoint that cannot be converted is in the report, and not raised.
+
+    >>> import tempfile, torch, ckptconv
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save({"module.weight": torch.ones(2, 3)}, folder / "in.pth")
+    >>> report = ckptconv.batch([folder / "*.pth"], "dataparallel", folder / "out")
+    >>> [item.source == str(folder / "in.pth") for item in report.converted], list(torch.load(folder / "out" / "in.pth"))
+    ([True], ['weight'])
+    >>> len(ckptconv.batch([folder / "*.pth"], "dataparallel", folder / "out").unchanged)
+    1
+    """
+    from ckptconv.report.batch import BatchItem, BatchReport
+    from ckptconv.stage import batching
+    from ckptconv.stage.batch_workers import Workers
+    from ckptconv.stage.preparing import Options
+
+    def item(done: batching.Done) -> BatchItem:
+        job = done.job
+        return BatchItem(str(job.source), str(job.output), done.why, done.nbytes, done.verified, done.problems, done.exit_code)
+
+    started = time.monotonic()
+    found = batching.batch(
+        [str(word) for word in sources], str(rules), Path(destination), Options(**options), Workers, jobs=jobs, dry_run=dry_run,
+        progress=progress, told=None if told is None else lambda done: told(item(done)),
+    )  # fmt: skip
+    return BatchReport(
+        {"rules": found.rules.label, "file": found.rules.file, "digest": f"sha256:{found.rules.digest}"}, str(destination),
+        tuple(map(item, found.converted)), tuple(str(job.source) for job in found.unchanged), tuple(map(item, found.failed)), found.jobs,
+        time.monotonic() - started, dry_run,
+    )  # fmt: skip
 
 
 def plan(

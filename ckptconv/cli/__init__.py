@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ckptconv._version import __version__
+from ckptconv.cli.batching import batch
 from ckptconv.cli.explaining import explain, suggest
 from ckptconv.cli.options import (
     ANNOTATIONS,
@@ -26,6 +27,7 @@ from ckptconv.cli.options import (
     TARGET,
     THREADS,
     TIMEOUT,
+    VERIFY,
     Levels,
     RulesWord,
     examples,
@@ -60,15 +62,7 @@ def cli() -> None:
 @click.option(
     "--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="run a saved plan in place of RULES"
 )
-@click.option(
-    "--verify",
-    type=Levels(none=True),
-    default="auto",
-    show_default=LEVEL_DEFAULT,
-    metavar="LEVEL",
-    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip, 5 equal outputs, "
-    "6 first module that differs; none",
-)
+@VERIFY
 @PARITY
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
 @HTML
@@ -404,6 +398,7 @@ def completion(shell: str) -> None:
     click.echo(kind(cli, {}, "ckptconv", "_CKPTCONV_COMPLETE").source())
 
 
+cli.add_command(batch)
 cli.add_command(explain)
 cli.add_command(suggest)
 cli.add_command(work)

@@ -129,3 +129,14 @@ class Levels(click.ParamType):  # type: ignore[type-arg]  # generic only in newe
         if text not in tuple("0123456"):
             self.fail(f"want 0 to 6{' or none' if self.none else ''}", param, ctx)
         return int(text)
+
+
+VERIFY = click.option(
+    "--verify",
+    type=Levels(none=True),
+    default="auto",
+    show_default=LEVEL_DEFAULT,
+    metavar="LEVEL",
+    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip, 5 equal outputs, "
+    "6 first module that differs; none",
+)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ["explain", "suggest", "run", "plan", "inspect", "diff", "verify", "check", "test", "rules", "schema", "completion"]
+COMMANDS = ["explain", "suggest", "batch", "run", "plan", "inspect", "diff", "verify", "check", "test", "rules", "schema", "completion"]
 
 
 @pytest.fixture
