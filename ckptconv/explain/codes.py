@@ -361,10 +361,10 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ".out.ckptconv-work  [CK507]\n  the work that is under way was begun with something else: the rules",
         ("go on with the words and versions that it was begun with", "--force begins anew, and so does removing the folder"),
     ),
-    "CK507": (
+    "CK510": (
         "A batch works in several processes, and one of them was ended from outside: by hand, or by the system because memory ran out. Only the "
         "checkpoint that it was converting is missing.",
-        "zoo/large.pth  [CK507]\n  the process that converted it ended by signal 9",
+        "zoo/large.pth  [CK510]\n  the process that converted it ended by signal 9",
         ("run the same batch again: what is done is not done again", "--jobs 1, or --max-memory SIZE, where memory ran out"),
     ),
 }  # fmt: skip

@@ -128,7 +128,7 @@ class _Hand:
         hint = (
             "memory may have run out: --jobs 1, or --max-memory" if code == -signal.SIGKILL else "run again: only what is missing is done"
         )
-        problem = Problem("CK507", f"the process that converted it ended {ended}", where=printable(request.source), try_=hint)
+        problem = Problem("CK510", f"the process that converted it ended {ended}", where=printable(request.source), try_=hint)
         return Answer(request.number, problems=(problem.to_json(),), exit_code=OUTPUT)
 
     def stop(self) -> None:

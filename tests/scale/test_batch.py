@@ -363,7 +363,7 @@ def test_a_worker_that_is_killed_fails_only_its_file(zoo, monkeypatch):
             report = ckptconv.batch(["zoo"], "mine.yaml", f"out{jobs}", jobs=jobs)
         assert [item.output for item in report.converted] == [f"out{jobs}/sub/three.pth", f"out{jobs}/two.pth"]
         assert [str(item.problems[0]) for item in report.failed] == [
-            "zoo/one.pth  [CK507]\n  the process that converted it ended by signal 9\n"
+            "zoo/one.pth  [CK510]\n  the process that converted it ended by signal 9\n"
             "  try: memory may have run out: --jobs 1, or --max-memory"
         ]
         assert report.exit_code == 5
