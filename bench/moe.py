@@ -21,7 +21,7 @@ from ckptconv.formats.base import Placed, Storage
 from ckptconv.spec import DType, Manifest, TensorSpec
 
 RULES = "qwen2-moe-to-fused-experts"
-LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY = 77, 256, 4096, 2048, 151936
+LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY = 78, 256, 4096, 2048, 151936
 SHARD_NBYTES = 5_000_000_000
 _HEADER_NBYTES = 65536
 

@@ -114,6 +114,11 @@ def computed_islands(outputs: Iterable[Output], placed: Mapping[str, Placed]) ->
     return islands([output for output in outputs if as_spans(output.expr, placed) is None])
 
 
+def source_ranges(outputs: Iterable[Output], placed: Mapping[str, Placed]) -> tuple[Range, ...]:
+    """What of the source making the outputs reads: ranges that neither touch nor overlap, in order."""
+    return _united(each for output in outputs for each in _reading(output, placed).ranges)
+
+
 def cut(plan: Plan, layout: Layout, placed: Mapping[str, Placed], task_nbytes: int, kept: Mapping[str, Placed] | None = None) -> Tasks:
     """The tasks of a plan, of about ``task_nbytes`` each: read or written, whichever is more. Equal arguments give equal tasks.
 
