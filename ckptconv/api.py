@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -38,12 +39,12 @@ Rules = Union[str, Path, "RuleFile"]
 
 def run(
     rules: Rules | None, source: str | Path, destination: str | Path, *, plan_file: str | Path | None = None,
-    progress: Progress | None = None, **options: Any,
+    progress: Progress | None = None, engine: str = "local", ray_address: str | None = None, **options: Any,
 ) -> RunReport:  # fmt: skip
     """Converts ``source`` by ``rules`` (a path, a built-in name, or a :class:`RuleFile`) and writes ``destination``.
 
     ``options`` are the fields of :class:`~ckptconv.stage.preparing.Options`. With ``plan_file``, a plan that :func:`plan` saved is run
-    and ``rules`` is None. Gives back the report; raises a :class:`~ckptconv.errors.CkptconvError` with nothing written.
+    and ``rules`` is None. ``engine="ray"`` hands the tasks to a Ray cluster, that at ``ray_address`` or one of this machine. Gives back the report; raises a :class:`~ckptconv.errors.CkptconvError` with nothing written.
 
     >>> import tempfile, torch, ckptconv
     >>> folder = Path(tempfile.mkdtemp())
@@ -59,7 +60,11 @@ def run(
     chosen = Options(**options)
     with _with_report("run", chosen, destination):
         prepared = _prepared(rules, Path(source), chosen, plan_file)
-        if chosen.resume:
+        if engine == "ray":
+            from ckptconv.stage import ray_engine
+
+            produced = ray_engine.run(begin(prepared, Path(destination), chosen), ray_address, progress)
+        elif chosen.resume:
             from ckptconv.stage.working import resume
 
             produced = resume(begin(prepared, Path(destination), chosen), progress)
@@ -119,11 +124,12 @@ def status(plan_file: str | Path, *, roots: Sequence[str | Path] = (), lease: fl
 
 def batch(
     sources: Sequence[str | Path], rules: str | Path, destination: str | Path, *, jobs: int | None = None, dry_run: bool = False,
-    progress: Progress | None = None, told: Callable[[BatchItem], None] | None = None, **options: Any,
+    progress: Progress | None = None, told: Callable[[BatchItem], None] | None = None, engine: str = "local",
+    ray_address: str | None = None, **options: Any,
 ) -> BatchReport:  # fmt: skip
     """Converts many checkpoints into the folder ``destination``: those of which its lock does not say that they are done.
 
-    ``sources`` are files, patterns and folders; ``options`` are those of :func:`run`. ``told`` hears of each checkpoint as soon as it is
+    ``sources`` are files, patterns and folders; ``options``, ``engine`` and ``ray_address`` are those of :func:`run`. ``told`` hears of each checkpoint as soon as it is
     converted. A checkpoint that cannot be converted is in the report, and not raised.
 
     >>> import tempfile, torch, ckptconv
@@ -137,8 +143,16 @@ def batch(
     """
     from ckptconv.report.batch import BatchItem, BatchReport
     from ckptconv.stage import batching
-    from ckptconv.stage.batch_workers import Workers
     from ckptconv.stage.preparing import Options
+
+    if engine == "ray":
+        from ckptconv.stage.ray_engine import RayBatch
+
+        start: Callable[[int], batching.Engine] = partial(RayBatch, address=ray_address)
+    else:
+        from ckptconv.stage.batch_workers import Workers
+
+        start = Workers
 
     def item(done: batching.Done) -> BatchItem:
         job = done.job
@@ -146,8 +160,8 @@ def batch(
 
     started = time.monotonic()
     found = batching.batch(
-        [str(word) for word in sources], str(rules), Path(destination), Options(**options), Workers, jobs=jobs, dry_run=dry_run,
-        progress=progress, told=None if told is None else lambda done: told(item(done)),
+        [str(word) for word in sources], str(rules), Path(destination), Options(**options), start, jobs=jobs, elsewhere=engine == "ray",
+        dry_run=dry_run, progress=progress, told=None if told is None else lambda done: told(item(done)),
     )  # fmt: skip
     return BatchReport(
         {"rules": found.rules.label, "file": found.rules.file, "digest": f"sha256:{found.rules.digest}"}, str(destination),

@@ -210,4 +210,5 @@ CODES: Mapping[str, str] = {
     "CK506": "Another run is writing the same output.",
     "CK507": "The work that is under way was begun with another plan, source, options or version.",
     "CK510": "The process that did the work ended before it was done.",
+    "CK511": "The cluster cannot be reached, or none of its machines is large enough.",
 }

@@ -18,6 +18,7 @@ from ckptconv.cli.options import (
     ANNOTATIONS,
     CONTEXT,
     CONVERSION,
+    ENGINE,
     HTML,
     LEVEL_DEFAULT,
     NO_PROGRESS,
@@ -67,6 +68,7 @@ def cli() -> None:
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
 @HTML
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
+@ENGINE
 @click.option("--resume", is_flag=True, help="go on with what an interrupted run with --resume did; begin so, if there is none")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
 @NO_PROGRESS
@@ -92,7 +94,8 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
         out.files(report, html, [*given, None if os.path.isdir(destination) else destination])
         settings = {**options, "set": set_, "format": format_}
         if dry_run:
-            del settings["verify"], settings["resume"]
+            for word in ("verify", "resume", "engine", "ray_address"):
+                del settings[word]
             out.run_report(api.plan(rules, source, destination, plan_file=plan_file, **settings))
         else:
             with out.progress(enabled=not no_progress) as progress:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ckptconv.cli.options import CONTEXT, CONVERSION, NO_PROGRESS, PARITY, TALK, VERIFY, RulesWord, examples
+from ckptconv.cli.options import CONTEXT, CONVERSION, ENGINE, NO_PROGRESS, PARITY, TALK, VERIFY, RulesWord, examples
 from ckptconv.cli.running import Output, guarded
 
 
@@ -23,6 +23,7 @@ from ckptconv.cli.running import Output, guarded
     help="the folder of the outputs, and of their lock",
 )  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1, 64), metavar="N", help="checkpoints at once  [default: one for every core]")
+@ENGINE
 @CONVERSION
 @VERIFY
 @PARITY

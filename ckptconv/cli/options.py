@@ -140,3 +140,15 @@ VERIFY = click.option(
     help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip, 5 equal outputs, "
     "6 first module that differs; none",
 )
+ENGINE = options(
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="what does the work: threads and processes of this machine, or the tasks of a Ray cluster",
+    ),
+    click.option(
+        "--ray-address", metavar="A", help="a cluster that runs (auto: this machine's); else one is begun here for the time of the run"
+    ),
+)

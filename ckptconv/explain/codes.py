@@ -367,4 +367,9 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "zoo/large.pth  [CK510]\n  the process that converted it ended by signal 9",
         ("run the same batch again: what is done is not done again", "--jobs 1, or --max-memory SIZE, where memory ran out"),
     ),
+    "CK511": (
+        "--engine ray hands work to a Ray cluster. It does not answer at the address, or asks more of a machine than any of its machines has.",
+        "10.0.0.7:6379  [CK511]\n  the cluster cannot be reached: timed out",
+        ("ray status --address ADDRESS", "leave --ray-address out: a cluster of this machine alone is begun", "--threads 1 needs less memory"),
+    ),
 }  # fmt: skip

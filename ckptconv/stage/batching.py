@@ -24,7 +24,7 @@ from ckptconv.stage.preparing import Options, prepare
 from ckptconv.stage.producing import Progress, produce
 
 #: Options that change no byte of a result, nor how far it is proved.
-_INDIFFERENT = ("force", "threads", "max_memory", "max_output", "sync", "timeout", "allow_code", "use_rule_target")
+_INDIFFERENT = ("force", "threads", "max_memory", "max_output", "sync", "timeout", "allow_code", "use_rule_target", "task_size", "resume")
 MAX_JOBS = 64
 
 
@@ -119,11 +119,11 @@ class _Wanted:
 
 def batch(
     words: Sequence[str], rules: str, destination: Path, options: Options, engine: Callable[[int], Engine], *, jobs: int | None = None,
-    dry_run: bool = False, progress: Progress | None = None, told: Callable[[Done], None] | None = None,
+    elsewhere: bool = False, dry_run: bool = False, progress: Progress | None = None, told: Callable[[Done], None] | None = None,
 ) -> Batched:  # fmt: skip
     """Converts every checkpoint that the words name into ``destination``, where the lock does not say that it is done.
 
-    ``engine(jobs)`` is what does the work. Raises :class:`~ckptconv.errors.UsageError`, with nothing converted, for what is
+    ``engine(jobs)`` is what does the work; ``elsewhere`` means that the jobs do not share this machine's processors and memory. Raises :class:`~ckptconv.errors.UsageError`, with nothing converted, for what is
     wrong with the batch as a whole; what is wrong with one checkpoint is in the result, and the others are converted.
     """
     parsed = rule_file(rules)
@@ -139,12 +139,15 @@ def batch(
     changed = [(job, why) for job in work if (why := wanted.difference(job, lock.lock.outputs.get(job.name))) is not None]
     todo = {job.name for job, _ in changed}
     unchanged = [job for job in work if job.name not in todo]
-    count = max(1, min(jobs or os.cpu_count() or 1, len(changed), MAX_JOBS))
+    most = MAX_JOBS if elsewhere else os.cpu_count() or 1
+    count = max(1, min(jobs or most, len(changed), MAX_JOBS))
     if dry_run:
         return Batched(parsed, tuple(Done(job, why or "changed, or only touched") for job, why in changed), tuple(unchanged), (), count)
     begun = {name for name in lock.lock.started if os.path.lexists(destination / name)}
     started = [job.name for job, _ in changed if job.name not in lock.lock.outputs and not os.path.lexists(job.output)]
-    shared = replace(options, threads=max(1, options.threads // count), max_memory=_share(options.max_memory, count))
+    shared = options
+    if not elsewhere:
+        shared = replace(options, threads=max(1, options.threads // count), max_memory=_share(options.max_memory, count))
     requests = []
     for at, (job, why) in enumerate(changed):
         made = lock.lock.outputs.get(job.name)
