@@ -172,9 +172,12 @@ def batch(
 
 def plan(
     rules: Rules | None, source: str | Path, destination: str | Path | None = None, *, out: str | Path | None = None,
-    plan_file: str | Path | None = None, **options: Any,
+    plan_file: str | Path | None = None, workers: int | None = None, store: str = "disk", **options: Any,
 ) -> RunReport:  # fmt: skip
-    """The dry run: what :func:`run` would write, its bytes and its peak memory. Reads headers only. ``out`` saves the plan as JSON."""
+    """The dry run: what :func:`run` would write, its bytes and its peak memory. Reads headers only. ``out`` saves the plan as JSON.
+
+    ``workers`` asks what its tasks would cost on so many machines, with source and destination at a kind of place: ``disk``, ``nfs`` or ``s3``.
+    """
     from ckptconv.plan import Read
     from ckptconv.stage.preparing import Options, saved_plan
     from ckptconv.stage.producing import estimate
@@ -186,11 +189,20 @@ def plan(
     made, peak = estimate(prepared, Path(destination) if destination is not None else None, chosen)
     shape, layout = (made.shape, made.layout) if made is not None else (None, None)
     tasks: dict[str, float] = {}
-    if made is not None and (out is not None or chosen.task_size is not None):
+    on_paper: dict[str, Any] = {}
+    if made is None and workers is not None:
+        raise UsageError(
+            Problem("CK107", "--workers needs DST: tasks are cut from a laid-out output", try_="ckptconv plan RULES SRC DST --workers 8")
+        )
+    if made is not None and (out is not None or chosen.task_size is not None or workers is not None):
         from ckptconv.stage.working import tasks_of
 
         cut = tasks_of(made)
         tasks = {"tasks": len(cut.tasks), "read_amplification": round(cut.read_amplification, 4)}
+        if workers is not None:
+            from ckptconv.stage.costing import figures
+
+            on_paper = figures(made, cut, workers, store)
     if out is not None:
         from ckptconv.stage.planfile import plan_for_work
 
@@ -204,7 +216,7 @@ def plan(
         "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False,
     })  # fmt: skip
     cost = {"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak, **tasks}
-    return replace(report, cost=cost, seconds=time.monotonic() - started)
+    return replace(report, cost=cost, on_paper=on_paper, seconds=time.monotonic() - started)
 
 
 def convert(state_dict: Mapping[str, Tensor], rules: Rules, *, set: Any = (), config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: A002

@@ -110,11 +110,15 @@ def requests_of(ranges: Iterable[Range], nbytes: int, gap: int = 0) -> int:
     return count + -(-(stop - start) // nbytes)
 
 
-def loads_of(plan: Plan, layout: Layout, placed: Mapping[str, Placed], tasks: Tasks, source: Place, destination: Place) -> list[Load]:
-    """What each task moves."""
-    outputs = {output.name: output for output in outputs_of(plan)}
+def loads_of(
+    plan: Plan, layout: Layout, placed: Mapping[str, Placed], tasks: Tasks, source: Place, destination: Place,
+    kept: Mapping[str, Placed] | None = None,
+) -> list[Load]:  # fmt: skip
+    """What each task moves; ``kept`` are tensors that are carried along as they are."""
+    placed = {**placed, **kept} if kept else placed
+    outputs = {output.name: output for output in outputs_of(plan, kept)}
     computed = {output.name for island in computed_islands(plan.stored, placed) for output in island}
-    renamed = {output.name for output in plan.stored if isinstance(output.expr, Read)}
+    renamed = {name for name, output in outputs.items() if isinstance(output.expr, Read)}
     extents = {
         name: (at, slot.offset, slot.offset + slot.nbytes) for at, file in enumerate(layout.files) for name, slot in file.slots.items() if slot.nbytes
     }  # fmt: skip

@@ -126,6 +126,13 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
     metavar="LEVEL",
     help="how far `finish` proves the result",
 )
+@click.option(
+    "--workers", type=click.IntRange(1, 100_000), metavar="N", help="say what it costs on so many machines: bytes, requests, seconds"
+)
+@click.option(
+    "--store", type=click.Choice(["disk", "nfs", "s3"]), default="disk", show_default=True,
+    help="with --workers: where source and destination lie",
+)  # fmt: skip
 @HTML
 @TALK
 def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None,

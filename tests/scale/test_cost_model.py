@@ -163,5 +163,22 @@ def test_a_run_moves_the_bytes_that_the_plan_says(tmp_path):
     assert abs(written - foretold.written_nbytes) < 0.01 * written + 100_000
 
 
+def test_a_plan_says_its_cost(tmp_path, cli):
+    experts(tmp_path / "in")
+    words = ["plan", RULES, "in", "out", "--workers", "8", "--store", "s3", "--task-size", "1MB"]
+    done = cli(*words, cwd=tmp_path)
+    line = done.out.splitlines()[-1]
+    assert line == (
+        "on paper, 8 workers at s3: 12.6 MB and 37.8 MB for the proof read in 71 requests, 12.6 MB written in 8; 0 s, "
+        "and 0 s that no further worker makes shorter"
+    )
+    found = cli(*words, "--json", cwd=tmp_path).json["on_paper"]
+    assert (found["read_nbytes"], found["written_nbytes"], found["workers"]) == (12_615_680, 12_615_680, 8)
+    # Neighbours together; the headers of three files, by each of the six who have a task; the proof.
+    assert found["reads"] == 8 + 6 * 9 + 9
+    refused = cli("plan", RULES, "in", "--workers", "8", cwd=tmp_path)
+    assert (refused.code, "--workers needs DST" in refused.err) == (2, True)
+
+
 def test_proc_is_there():
     assert os.path.exists("/proc/self/io"), "the bytes that a run moves are counted by the kernel"
