@@ -1,6 +1,5 @@
 """The cost model: its figures are those of the plan, the pages say what the code says, and runs move the bytes that it foretells."""
 
-import os
 import re
 import sys
 from math import inf
@@ -178,7 +177,3 @@ def test_a_plan_says_its_cost(tmp_path, cli):
     assert found["reads"] == 8 + 6 * 9 + 9
     refused = cli("plan", RULES, "in", "--workers", "8", cwd=tmp_path)
     assert (refused.code, "--workers needs DST" in refused.err) == (2, True)
-
-
-def test_proc_is_there():
-    assert os.path.exists("/proc/self/io"), "the bytes that a run moves are counted by the kernel"
