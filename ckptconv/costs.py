@@ -1,9 +1,10 @@
 """What a conversion costs on paper: bytes, requests and seconds, by the kind of place and the number of workers. Pure.
 
     requests = Σ over ranges ⌈bytes of the range / bytes of a request⌉ + those that each file costs
-    rate     = min(in flight × one stream, one worker, all together / workers)
-    seconds  = max(requests × latency / in flight, bytes / rate), reading and writing each
-    tasks    : the next one goes to whoever is free;  headers : read by every worker;  proof : the output is read back, by one
+    rounds   = ⌈requests / in flight⌉
+    seconds  = max(rounds × (latency + bytes of a request / one stream), bytes / what a worker gets), reading and writing each
+    tasks    : the next one goes to whoever is free;  headers : read by every worker, a file's requests one after the other
+    proof    : the output is read back, by one; what was computed a second time, and its sources too
 
 Nothing here is measured while a program runs: a place is a table of figures, and others than these can be given.
 """
@@ -17,12 +18,13 @@ from math import inf
 
 from ckptconv.formats.base import Placed
 from ckptconv.layout import Layout
-from ckptconv.plan import Plan, Read
+from ckptconv.plan import Plan
 from ckptconv.tasks import Range, Tasks, computed_islands, outputs_of, source_ranges
 
 COMPUTE_NBYTES_PER_S = 0.5e9  #: results that one worker computes (transposed, cast) in a second
 START_S = 0.4  #: of a worker, until it has planned; planning itself costs 25 µs for a tensor
 PLAN_S_PER_TENSOR = 25e-6
+PROVE_NBYTES_PER_S = 0.1e9  #: values that were moved one by one, looked at again on both sides
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,29 @@ class Place:
     gap_nbytes: int = 0  #: ranges with no more than this between them are one
     file_reads: int = 3  #: requests that a file costs beside its tensors: it is looked at, the header's length, the header
     file_writes: int = 2  #: … and one that is written: begun, completed
+    besides: int = 0  #: requests that a conversion costs, one after the other: folders listed, the destination looked at
 
-    def rate(self, in_flight: int, workers: int) -> float:
-        """Bytes that each of the workers gets in a second."""
-        return min(in_flight * self.stream_nbytes_per_s, self.worker_nbytes_per_s, self.shared_nbytes_per_s / workers)
+    def gets(self, workers: int) -> float:
+        """Bytes that each of the workers gets in a second, at most."""
+        return min(self.worker_nbytes_per_s, self.shared_nbytes_per_s / workers)
 
     def read_s(self, nbytes: int, requests: int, workers: int = 1) -> float:
         """Seconds that one of the workers reads."""
-        return max(requests * self.latency_s / self.reads_in_flight, nbytes / self.rate(self.reads_in_flight, workers))
+        return self._seconds(nbytes, requests, self.reads_in_flight, workers)
 
     def write_s(self, nbytes: int, requests: int, workers: int = 1) -> float:
         """Seconds that one of the workers writes."""
-        return max(requests * self.latency_s / self.writes_in_flight, nbytes / self.rate(self.writes_in_flight, workers))
+        return self._seconds(nbytes, requests, self.writes_in_flight, workers)
+
+    def _seconds(self, nbytes: int, requests: int, in_flight: int, workers: int) -> float:
+        if not requests:
+            return 0.0
+        rounds = -(-requests // in_flight)
+        return max(rounds * (self.latency_s + nbytes / requests / self.stream_nbytes_per_s), nbytes / self.gets(workers))
+
+    def steps_s(self, files: int, steps: int, in_flight: int) -> float:
+        """Seconds for what each of the files costs: one request after the other, several files at once."""
+        return -(-files // in_flight) * steps * self.latency_s
 
 
 #: A local disk that all workers share (NVMe); a file server behind 10 Gbit/s; an object store in the same region, each worker behind 10 Gbit/s.
@@ -59,7 +72,16 @@ PLACES: Mapping[str, Place] = {
     "disk": Place(1e-4, 1.5e9, 2e9, 2e9),
     "nfs": Place(5e-4, 0.4e9, 1.1e9, 4e9),
     "s3": Place(
-        3e-2, 80e6, 1.1e9, read_nbytes=8 << 20, written_nbytes=16 << 20, reads_in_flight=16, writes_in_flight=8, gap_nbytes=32 << 10
+        3e-2,
+        80e6,
+        1.1e9,
+        read_nbytes=8 << 20,
+        written_nbytes=16 << 20,
+        reads_in_flight=16,
+        writes_in_flight=8,
+        gap_nbytes=32 << 10,
+        file_reads=4,
+        besides=10,
     ),
 }
 
@@ -73,7 +95,6 @@ class Load:
     written_nbytes: int
     writes: int
     computed_nbytes: int = 0
-    regrouped_nbytes: int = 0  #: of what is written, that is more than a tensor under another name
 
 
 @dataclass(frozen=True)
@@ -83,7 +104,7 @@ class Cost:
     workers: int
     read_nbytes: int  #: of the source, by all workers
     written_nbytes: int
-    proved_nbytes: int  #: read again: the output, what no output takes of the source, and both sides of what was regrouped
+    proved_nbytes: int  #: read again: the output, what no output takes of the source, and both sides of what was computed
     reads: int
     writes: int
     tasks_s: float  #: while tasks are done
@@ -118,7 +139,6 @@ def loads_of(
     placed = {**placed, **kept} if kept else placed
     outputs = {output.name: output for output in outputs_of(plan, kept)}
     computed = {output.name for island in computed_islands(plan.stored, placed) for output in island}
-    renamed = {name for name, output in outputs.items() if isinstance(output.expr, Read)}
     extents = {
         name: (at, slot.offset, slot.offset + slot.nbytes) for at, file in enumerate(layout.files) for name, slot in file.slots.items() if slot.nbytes
     }  # fmt: skip
@@ -129,8 +149,7 @@ def loads_of(
         found.append(
             Load(sum(stop - start for _, start, stop in ranges), requests_of(ranges, source.read_nbytes, source.gap_nbytes),
                  task.written_nbytes, requests_of(written, destination.written_nbytes, destination.gap_nbytes),
-                 sum(outputs[name].expr.spec.nbytes for name in task.outputs if name in computed),
-                 sum(outputs[name].expr.spec.nbytes for name in task.outputs if name not in renamed))
+                 sum(outputs[name].expr.spec.nbytes for name in task.outputs if name in computed))
         )  # fmt: skip
     return found
 
@@ -141,7 +160,7 @@ def cost(
 ) -> Cost:  # fmt: skip
     """What tasks cost on ``workers`` machines. ``tensors`` of the source; ``beside_nbytes`` of it that no output takes are read for the proof.
 
-    The proof is that of ``--verify 3``: what is only renamed is read back, what is regrouped a second time, and its sources too.
+    The proof is that of ``--verify 3``: what is copied is read back, what is computed a second time, and its sources too.
     """
     busy = min(workers, max(len(loads), 1))
     free = [0.0] * busy
@@ -154,16 +173,19 @@ def cost(
         heapq.heapreplace(free, free[0] + seconds)
     headers = source_files * source.file_reads
     written = sum(load.written_nbytes for load in loads)
-    regrouped = sum(load.regrouped_nbytes for load in loads)
-    back, again = (written + regrouped, beside_nbytes + regrouped) if verified else (0, 0)
+    computed = sum(load.computed_nbytes for load in loads)
+    back, again = (written + computed, beside_nbytes + computed) if verified else (0, 0)
     backs = -(-back // destination.read_nbytes) + output_files * destination.file_reads * verified
     agains = -(-again // source.read_nbytes)
     begun = output_files * destination.file_writes + (output_files > 1)
-    alone = START_S + tensors * PLAN_S_PER_TENSOR + source.read_s(0, headers) + destination.write_s(0, begun)
-    alone += destination.read_s(back, backs) + source.read_s(again, agains)
+    alone = START_S + tensors * PLAN_S_PER_TENSOR + (source.besides + destination.besides) / 2 * source.latency_s
+    alone += source.steps_s(source_files, source.file_reads, source.reads_in_flight)
+    alone += destination.steps_s(output_files, destination.file_writes, destination.writes_in_flight)
+    if verified:
+        alone += destination.read_s(back, backs) + source.read_s(again, agains) + 2 * computed / PROVE_NBYTES_PER_S
     return Cost(
         workers, sum(load.read_nbytes for load in loads), written, back + again,
-        sum(load.reads for load in loads) + busy * headers + backs + agains,
+        sum(load.reads for load in loads) + busy * headers + backs + agains + source.besides,
         sum(load.writes for load in loads) + begun, max(free), alone,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Placed
 from ckptconv.memory import memory_explained, peak_nbytes
 from ckptconv.plan import Apply, Fill, Output, Plan, Read, reads, walk
+from ckptconv.ranges import as_spans
 from ckptconv.spec import TensorSpec
 from ckptconv.transforms import Concat, Guard, Rearrange, Reshape, Slice
 
@@ -59,7 +60,7 @@ def conserved(
             continue
         ordered = all(output.name in compared for output in made)
         try:
-            if ordered and _balanced(island) and _same_elements(island, source, opened, written, reopened):
+            if ordered and _balanced(island) and (_tiled(island, source) or _same_elements(island, source, opened, written, reopened)):
                 proved += len(made)
                 continue
             again = _second_run(island, source, opened, written, reopened)
@@ -78,6 +79,37 @@ def _balanced(island: Sequence[Output]) -> bool:
     if any(isinstance(node, Fill) or (isinstance(node, Apply) and not isinstance(node.transform, _MOVES)) for node in nodes):
         return False
     return sum(output.expr.spec.numel for output in island) == sum(node.spec.numel for node in nodes if isinstance(node, Read))
+
+
+def _tiled(island: Sequence[Output], source: Mapping[str, Placed]) -> bool:
+    """True when the outputs are ranges of source bytes that take every byte of their tensors, and each once.
+
+    That the file holds just these ranges is known from its digest, so nothing need be read again.
+    """
+    taken: list[tuple[int, int, int]] = []
+    for output in island:
+        spans = as_spans(output.expr, source)
+        if spans is None:
+            return False
+        taken += [(span.storage.file, span.storage.offset + span.offset, span.nbytes) for span in spans if span.nbytes]
+    names = dict.fromkeys(name for output in island for name in reads(output.expr))
+    wanted = [(source[name].storage.file, source[name].storage.offset + source[name].offset, source[name].spec.nbytes) for name in names]
+    joined = _joined(taken)
+    return joined is not None and joined == _joined([each for each in wanted if each[2]])
+
+
+def _joined(ranges: list[tuple[int, int, int]]) -> list[tuple[int, int, int]] | None:
+    """The same bytes in as few ranges (file, start, bytes) as possible; None where two overlap."""
+    found: list[tuple[int, int, int]] = []
+    for file, start, nbytes in sorted(ranges):
+        last, begin, length = found[-1] if found else (-1, 0, 0)
+        if last == file and start < begin + length:
+            return None
+        if last == file and start == begin + length:
+            found[-1] = (file, begin, length + nbytes)
+        else:
+            found.append((file, start, nbytes))
+    return found
 
 
 def _same_elements(
