@@ -178,7 +178,7 @@ def plan(
 
     ``workers`` asks what its tasks would cost on so many machines, with source and destination at a kind of place: ``disk``, ``nfs`` or ``s3``.
     """
-    from ckptconv.plan import Read
+    from ckptconv.ranges import is_ranges
     from ckptconv.stage.preparing import Options, saved_plan
     from ckptconv.stage.producing import estimate
 
@@ -210,7 +210,7 @@ def plan(
         saved = saved_plan(prepared) if made is None else plan_for_work(made, Path(out))
         write_text(Path(out), json.dumps(saved, ensure_ascii=False, indent=1), force=chosen.force)
     manifest = prepared.plan.manifest
-    copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if isinstance(output.expr, Read))
+    copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if is_ranges(output.expr, prepared.source.placed))
     report = _report("plan", prepared, chosen, {
         "path": str(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
         "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False,

@@ -48,6 +48,11 @@ def as_spans(expr: Expr, placed: Mapping[str, Placed]) -> tuple[Span, ...] | Non
     return tuple(cutter.pieces(expr, 0, expr.spec.nbytes)) if cutter.can_cut(expr) else None
 
 
+def is_ranges(expr: Expr, placed: Mapping[str, Placed]) -> bool:
+    """Whether :func:`as_spans` has an answer, without giving it: an output that is copied, not computed."""
+    return _Cutter(placed).can_cut(expr)
+
+
 @dataclass(frozen=True, slots=True)
 class _Turns:
     """How the arguments of a slice or a concat lie in memory: in turns, each argument's part behind the one before."""

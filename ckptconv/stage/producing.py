@@ -125,7 +125,7 @@ class Conversion:
 
 def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Conversion | None, int]:
     """What producing would write, and its peak memory in bytes; pure."""
-    peak = plan_peak(prepared.plan, options.threads)
+    peak = plan_peak(computed_islands(prepared.plan.stored, prepared.source.placed), options.threads)
     return None if destination is None else _lay(prepared, shape_of(prepared, destination, options), options), peak
 
 
