@@ -96,7 +96,7 @@ def test_plan_says_bytes_lineage_and_peak(folder, cli):
     assert "peak memory" in result.out
     split = "version: 1\nname: s\nsummary: s\nsteps: [{split: {from: 'module.{m:**}.qkv.{p}', to: '{m}.{x:q|k|v}.{p}'}}]\n"
     (folder / "s.yaml").write_text(split)
-    assert "588 B copied, 0 B computed" in cli("plan", "s.yaml", "in.pth", "out.pth", cwd=folder).out, (
+    assert "600 B copied, 0 B computed" in cli("plan", "s.yaml", "in.pth", "out.pth", cwd=folder).out, (
         "rows of a tensor are copied, as a run says"
     )
     assert not (folder / "out.pth").exists()
