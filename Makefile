@@ -75,7 +75,7 @@ schema: $(READY)
 
 # `make -j4 convert` converts four at once, `make convert` one. The shell reads IN, OUT, RULES and FORMAT from its environment, where make puts
 # them as they were given; ARGS are quoted as in a shell, and nothing in them is run.
-AT_ONCE = $(if $(filter -j%,$(MAKEFLAGS)),$(filter-out -j,$(patsubst -j%,--jobs=%,$(filter -j%,$(MAKEFLAGS)))),--jobs=1)
+AT_ONCE = $(if $(filter -j%,$(MAKEFLAGS)),$(filter-out --jobs=,$(patsubst -j%,--jobs=%,$(filter -j%,$(MAKEFLAGS)))),--jobs=1)
 convert: $(READY)
 	@test -n "$$IN" -a -n "$$OUT" -a -n "$$RULES" || { echo "want IN=folder OUT=folder RULES=rule" >&2; exit 2; }
 	@printf '%s\n' "$$ARGS" | xargs $(BIN)/ckptconv batch --rules="$$RULES" --out="$$OUT" $${FORMAT:+"--format=$$FORMAT"} $(AT_ONCE) --force "$$IN"
