@@ -73,15 +73,12 @@ cases: $(READY)
 schema: $(READY)
 	$(BIN)/ckptconv schema > schema/rule-v1.schema.json
 
-# One job per checkpoint, so that -j works, unchanged work is skipped, and one bad file does not stop the rest. The shell reads IN, OUT and
-# RULES from its environment, where make puts them as they were given.
+# `make -j4 convert` converts four at once, `make convert` one. The shell reads IN, OUT, RULES and FORMAT from its environment, where make puts
+# them as they were given; ARGS are quoted as in a shell, and nothing in them is run.
+AT_ONCE = $(if $(filter -j%,$(MAKEFLAGS)),$(filter-out --jobs=,$(patsubst -j%,--jobs=%,$(filter -j%,$(MAKEFLAGS)))),--jobs=1)
 convert: $(READY)
 	@test -n "$$IN" -a -n "$$OUT" -a -n "$$RULES" || { echo "want IN=folder OUT=folder RULES=rule" >&2; exit 2; }
-	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && trap 'exit 130' INT && trap 'exit 143' TERM && mkdir -p "$$OUT" && \
-	    $(BIN)/python scripts/folder_rules.py "$$IN" "$$OUT" "$$RULES" --command "$(abspath $(BIN))/ckptconv" --failed "$$work/failed" \
-	    $${FORMAT:+--format "$$FORMAT"} --arguments="$$ARGS" > "$$work/jobs.mk" || exit; \
-	    $(MAKE) --no-print-directory --keep-going --file "$$work/jobs.mk" all; code=$$?; \
-	    if [ -s "$$work/failed" ]; then echo "not converted:"; LC_ALL=C sort "$$work/failed" | sed 's/^/  /'; fi; exit $$code
+	@printf '%s\n' "$$ARGS" | xargs $(BIN)/ckptconv batch --rules="$$RULES" --out="$$OUT" $${FORMAT:+"--format=$$FORMAT"} $(AT_ONCE) --force "$$IN"
 
 clean:
 	rm -rf build $(VENV)

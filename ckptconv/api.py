@@ -11,9 +11,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ckptconv import ruletests
     from ckptconv.backwards import BackRule
+    from ckptconv.report.batch import BatchItem, BatchReport
     from ckptconv.report.explaining import Explanation, SuggestReport
     from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
     from ckptconv.ruleset.model import RuleFile
@@ -37,12 +39,12 @@ Rules = Union[str, Path, "RuleFile"]
 
 def run(
     rules: Rules | None, source: str | Path, destination: str | Path, *, plan_file: str | Path | None = None,
-    progress: Progress | None = None, **options: Any,
+    progress: Progress | None = None, engine: str = "local", ray_address: str | None = None, **options: Any,
 ) -> RunReport:  # fmt: skip
     """Converts ``source`` by ``rules`` (a path, a built-in name, or a :class:`RuleFile`) and writes ``destination``.
 
     ``options`` are the fields of :class:`~ckptconv.stage.preparing.Options`. With ``plan_file``, a plan that :func:`plan` saved is run
-    and ``rules`` is None. Gives back the report; raises a :class:`~ckptconv.errors.CkptconvError` with nothing written.
+    and ``rules`` is None. ``engine="ray"`` hands the tasks to a Ray cluster, that at ``ray_address`` or one of this machine. Gives back the report; raises a :class:`~ckptconv.errors.CkptconvError` with nothing written.
 
     >>> import tempfile, torch, ckptconv
     >>> folder = Path(tempfile.mkdtemp())
@@ -58,7 +60,11 @@ def run(
     chosen = Options(**options)
     with _with_report("run", chosen, destination):
         prepared = _prepared(rules, Path(source), chosen, plan_file)
-        if chosen.resume:
+        if engine == "ray":
+            from ckptconv.stage import ray_engine
+
+            produced = ray_engine.run(begin(prepared, Path(destination), chosen), ray_address, progress)
+        elif chosen.resume:
             from ckptconv.stage.working import resume
 
             produced = resume(begin(prepared, Path(destination), chosen), progress)
@@ -116,12 +122,63 @@ def status(plan_file: str | Path, *, roots: Sequence[str | Path] = (), lease: fl
     return working.status(job, lease=LEASE_SECONDS if lease is None else lease)
 
 
+def batch(
+    sources: Sequence[str | Path], rules: str | Path, destination: str | Path, *, jobs: int | None = None, dry_run: bool = False,
+    progress: Progress | None = None, told: Callable[[BatchItem], None] | None = None, engine: str = "local",
+    ray_address: str | None = None, **options: Any,
+) -> BatchReport:  # fmt: skip
+    """Converts many checkpoints into the folder ``destination``: those of which its lock does not say that they are done.
+
+    ``sources`` are files, patterns and folders; ``options``, ``engine`` and ``ray_address`` are those of :func:`run`. ``told`` hears of each checkpoint as soon as it is
+    converted. A checkpoint that cannot be converted is in the report, and not raised.
+
+    >>> import tempfile, torch, ckptconv
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save({"module.weight": torch.ones(2, 3)}, folder / "in.pth")
+    >>> report = ckptconv.batch([folder / "*.pth"], "dataparallel", folder / "out")
+    >>> [item.source == str(folder / "in.pth") for item in report.converted], list(torch.load(folder / "out" / "in.pth"))
+    ([True], ['weight'])
+    >>> len(ckptconv.batch([folder / "*.pth"], "dataparallel", folder / "out").unchanged)
+    1
+    """
+    from ckptconv.report.batch import BatchItem, BatchReport
+    from ckptconv.stage import batching
+    from ckptconv.stage.preparing import Options
+
+    if engine == "ray":
+        from ckptconv.stage.ray_engine import RayBatch
+
+        start: Callable[[int], batching.Engine] = partial(RayBatch, address=ray_address)
+    else:
+        from ckptconv.stage.batch_workers import Workers
+
+        start = Workers
+
+    def item(done: batching.Done) -> BatchItem:
+        job = done.job
+        return BatchItem(str(job.source), str(job.output), done.why, done.nbytes, done.verified, done.problems, done.exit_code)
+
+    started = time.monotonic()
+    found = batching.batch(
+        [str(word) for word in sources], str(rules), Path(destination), Options(**options), start, jobs=jobs, elsewhere=engine == "ray",
+        dry_run=dry_run, progress=progress, told=None if told is None else lambda done: told(item(done)),
+    )  # fmt: skip
+    return BatchReport(
+        {"rules": found.rules.label, "file": found.rules.file, "digest": f"sha256:{found.rules.digest}"}, str(destination),
+        tuple(map(item, found.converted)), tuple(str(job.source) for job in found.unchanged), tuple(map(item, found.failed)), found.jobs,
+        time.monotonic() - started, dry_run,
+    )  # fmt: skip
+
+
 def plan(
     rules: Rules | None, source: str | Path, destination: str | Path | None = None, *, out: str | Path | None = None,
-    plan_file: str | Path | None = None, **options: Any,
+    plan_file: str | Path | None = None, workers: int | None = None, store: str = "disk", **options: Any,
 ) -> RunReport:  # fmt: skip
-    """The dry run: what :func:`run` would write, its bytes and its peak memory. Reads headers only. ``out`` saves the plan as JSON."""
-    from ckptconv.plan import Read
+    """The dry run: what :func:`run` would write, its bytes and its peak memory. Reads headers only. ``out`` saves the plan as JSON.
+
+    ``workers`` asks what its tasks would cost on so many machines, with source and destination at a kind of place: ``disk``, ``nfs`` or ``s3``.
+    """
+    from ckptconv.ranges import is_ranges
     from ckptconv.stage.preparing import Options, saved_plan
     from ckptconv.stage.producing import estimate
 
@@ -132,11 +189,20 @@ def plan(
     made, peak = estimate(prepared, Path(destination) if destination is not None else None, chosen)
     shape, layout = (made.shape, made.layout) if made is not None else (None, None)
     tasks: dict[str, float] = {}
-    if made is not None and (out is not None or chosen.task_size is not None):
+    on_paper: dict[str, Any] = {}
+    if made is None and workers is not None:
+        raise UsageError(
+            Problem("CK107", "--workers needs DST: tasks are cut from a laid-out output", try_="ckptconv plan RULES SRC DST --workers 8")
+        )
+    if made is not None and (out is not None or chosen.task_size is not None or workers is not None):
         from ckptconv.stage.working import tasks_of
 
         cut = tasks_of(made)
         tasks = {"tasks": len(cut.tasks), "read_amplification": round(cut.read_amplification, 4)}
+        if workers is not None:
+            from ckptconv.stage.costing import figures
+
+            on_paper = figures(made, cut, workers, store)
     if out is not None:
         from ckptconv.stage.planfile import plan_for_work
 
@@ -144,13 +210,13 @@ def plan(
         saved = saved_plan(prepared) if made is None else plan_for_work(made, Path(out))
         write_text(Path(out), json.dumps(saved, ensure_ascii=False, indent=1), force=chosen.force)
     manifest = prepared.plan.manifest
-    copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if isinstance(output.expr, Read))
+    copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if is_ranges(output.expr, prepared.source.placed))
     report = _report("plan", prepared, chosen, {
         "path": str(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
         "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False,
     })  # fmt: skip
     cost = {"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak, **tasks}
-    return replace(report, cost=cost, seconds=time.monotonic() - started)
+    return replace(report, cost=cost, on_paper=on_paper, seconds=time.monotonic() - started)
 
 
 def convert(state_dict: Mapping[str, Tensor], rules: Rules, *, set: Any = (), config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: A002

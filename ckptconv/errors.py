@@ -157,6 +157,7 @@ CODES: Mapping[str, str] = {
     "CK108": "A rule file's own test failed, or it has none.",
     "CK109": "A rule and the lock of its folder do not agree: its meaning changed under the same revision, or the lock is old.",
     "CK110": "A mapping of another library cannot be said as rules.",
+    "CK111": "The lock of a batch is not one that a batch wrote.",
     # 2xx: planning
     "CK201": "A step matched nothing and is not optional.",
     "CK202": "Two results would have one name.",
@@ -208,4 +209,6 @@ CODES: Mapping[str, str] = {
     "CK505": "A needed package is not installed.",
     "CK506": "Another run is writing the same output.",
     "CK507": "The work that is under way was begun with another plan, source, options or version.",
+    "CK510": "The process that did the work ended before it was done.",
+    "CK511": "The cluster cannot be reached, or none of its machines is large enough.",
 }

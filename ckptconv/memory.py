@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ckptconv.errors import OutputError, Problem, printable
-from ckptconv.plan import Apply, Expr, Output, Plan, islands, walk
+from ckptconv.plan import Apply, Expr, Output, walk
 
 BUFFERS_NBYTES = 2 << 20  #: of each worker that copies
 PYTHON_NBYTES = 56 << 20  #: the process itself, with the metadata of an ordinary checkpoint
@@ -64,10 +64,12 @@ def fixed_nbytes(threads: int, *, computes: bool) -> int:
     return (TORCH_NBYTES if computes else PYTHON_NBYTES) + threads * BUFFERS_NBYTES
 
 
-def plan_peak(plan: Plan, threads: int) -> int:
-    """The most bytes that a run with ``threads`` workers needs: the islands that run side by side, and what is always needed."""
-    made = [output for output in plan.stored if isinstance(output.expr, Apply)]  # what is only read is copied through the buffers
-    peaks = heapq.nlargest(threads, (peak_nbytes(island) for island in islands(made)))
+def plan_peak(computed: Iterable[Sequence[Output]], threads: int) -> int:
+    """The most bytes that a run with ``threads`` workers needs: the islands that run side by side, and what is always needed.
+
+    ``computed`` are the islands of what is more than ranges of the source's bytes: the rest is copied through the buffers.
+    """
+    peaks = heapq.nlargest(threads, (peak_nbytes(island) for island in computed))
     return min(sum(peaks), max(peaks, default=0) + BESIDE_NBYTES) + fixed_nbytes(threads, computes=any(peaks))
 
 

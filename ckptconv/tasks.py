@@ -13,7 +13,7 @@ from ckptconv.formats.base import Placed
 from ckptconv.layout import Layout
 from ckptconv.memory import BESIDE_NBYTES, fixed_nbytes, peak_nbytes
 from ckptconv.plan import Output, Plan, Read, islands, reads
-from ckptconv.ranges import as_spans
+from ckptconv.ranges import as_spans, is_ranges
 
 MAX_AMPLIFICATION = 1.2  #: an island is not cut where its pieces would read more than this many times what the whole of it reads
 
@@ -111,7 +111,12 @@ def numbers_text(numbers: Iterable[int], most: int = 12) -> str:
 
 def computed_islands(outputs: Iterable[Output], placed: Mapping[str, Placed]) -> list[tuple[Output, ...]]:
     """The islands of the outputs that are more than ranges of the source's bytes."""
-    return islands([output for output in outputs if as_spans(output.expr, placed) is None])
+    return islands([output for output in outputs if not is_ranges(output.expr, placed)])
+
+
+def source_ranges(outputs: Iterable[Output], placed: Mapping[str, Placed]) -> tuple[Range, ...]:
+    """What of the source making the outputs reads: ranges that neither touch nor overlap, in order."""
+    return _united(each for output in outputs for each in _reading(output, placed).ranges)
 
 
 def cut(plan: Plan, layout: Layout, placed: Mapping[str, Placed], task_nbytes: int, kept: Mapping[str, Placed] | None = None) -> Tasks:

@@ -12,11 +12,13 @@ from typing import Any
 import click
 
 from ckptconv._version import __version__
+from ckptconv.cli.batching import batch
 from ckptconv.cli.explaining import explain, suggest
 from ckptconv.cli.options import (
     ANNOTATIONS,
     CONTEXT,
     CONVERSION,
+    ENGINE,
     HTML,
     LEVEL_DEFAULT,
     NO_PROGRESS,
@@ -26,6 +28,7 @@ from ckptconv.cli.options import (
     TARGET,
     THREADS,
     TIMEOUT,
+    VERIFY,
     Levels,
     RulesWord,
     examples,
@@ -60,19 +63,12 @@ def cli() -> None:
 @click.option(
     "--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="run a saved plan in place of RULES"
 )
-@click.option(
-    "--verify",
-    type=Levels(none=True),
-    default="auto",
-    show_default=LEVEL_DEFAULT,
-    metavar="LEVEL",
-    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip, 5 equal outputs, "
-    "6 first module that differs; none",
-)
+@VERIFY
 @PARITY
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="write the report, also of a failure")
 @HTML
 @click.option("--dry-run", is_flag=True, help="as `plan`: nothing is written")
+@ENGINE
 @click.option("--resume", is_flag=True, help="go on with what an interrupted run with --resume did; begin so, if there is none")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
 @NO_PROGRESS
@@ -98,7 +94,8 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
         out.files(report, html, [*given, None if os.path.isdir(destination) else destination])
         settings = {**options, "set": set_, "format": format_}
         if dry_run:
-            del settings["verify"], settings["resume"]
+            for word in ("verify", "resume", "engine", "ray_address"):
+                del settings[word]
             out.run_report(api.plan(rules, source, destination, plan_file=plan_file, **settings))
         else:
             with out.progress(enabled=not no_progress) as progress:
@@ -129,6 +126,13 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
     metavar="LEVEL",
     help="how far `finish` proves the result",
 )
+@click.option(
+    "--workers", type=click.IntRange(1, 100_000), metavar="N", help="say what it costs on so many machines: bytes, requests, seconds"
+)
+@click.option(
+    "--store", type=click.Choice(["disk", "nfs", "s3"]), default="disk", show_default=True,
+    help="with --workers: where source and destination lie",
+)  # fmt: skip
 @HTML
 @TALK
 def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None,
@@ -404,6 +408,7 @@ def completion(shell: str) -> None:
     click.echo(kind(cli, {}, "ckptconv", "_CKPTCONV_COMPLETE").source())
 
 
+cli.add_command(batch)
 cli.add_command(explain)
 cli.add_command(suggest)
 cli.add_command(work)

@@ -129,3 +129,26 @@ class Levels(click.ParamType):  # type: ignore[type-arg]  # generic only in newe
         if text not in tuple("0123456"):
             self.fail(f"want 0 to 6{' or none' if self.none else ''}", param, ctx)
         return int(text)
+
+
+VERIFY = click.option(
+    "--verify",
+    type=Levels(none=True),
+    default="auto",
+    show_default=LEVEL_DEFAULT,
+    metavar="LEVEL",
+    help="how far to prove the result: 0 integrity, 1 accounting, 2 strict load, 3 values, 4 round trip, 5 equal outputs, "
+    "6 first module that differs; none",
+)
+ENGINE = options(
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="what does the work: threads and processes of this machine, or the tasks of a Ray cluster",
+    ),
+    click.option(
+        "--ray-address", metavar="A", help="a cluster that runs (auto: this machine's); else one is begun here for the time of the run"
+    ),
+)

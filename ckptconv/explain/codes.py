@@ -109,6 +109,12 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "transformers:foo  [CK110]\n  the mapping uses an operation that rules do not have",
         ("write the rule by hand from the parts that can be said: ckptconv suggest helps",),
     ),
+    "CK111": (
+        "ckptconv.lock.json in a batch's folder says which output was made from what. Where it is cut off, edited into something else, or names files "
+        "outside of its folder, nothing of it is believed.",
+        "converted/ckptconv.lock.json  [CK111]\n  this is no lock of a batch: not valid JSON",
+        ("restore it from a copy", "or remove it: with --force the batch makes every output again"),
+    ),
     "CK201": (
         "A step is there for a reason. When it matches nothing, either the rule is for another checkpoint or a name in it is wrong, and going on "
         "would give a file that only looks converted.",
@@ -354,5 +360,16 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "ckptconv, and torch where something is computed.",
         ".out.ckptconv-work  [CK507]\n  the work that is under way was begun with something else: the rules",
         ("go on with the words and versions that it was begun with", "--force begins anew, and so does removing the folder"),
+    ),
+    "CK510": (
+        "A batch works in several processes, and one of them was ended from outside: by hand, or by the system because memory ran out. Only the "
+        "checkpoint that it was converting is missing.",
+        "zoo/large.pth  [CK510]\n  the process that converted it ended by signal 9",
+        ("run the same batch again: what is done is not done again", "--jobs 1, or --max-memory SIZE, where memory ran out"),
+    ),
+    "CK511": (
+        "--engine ray hands work to a Ray cluster. It does not answer at the address, or asks more of a machine than any of its machines has.",
+        "10.0.0.7:6379  [CK511]\n  the cluster cannot be reached: timed out",
+        ("ray status --address ADDRESS", "leave --ray-address out: a cluster of this machine alone is begun", "--threads 1 needs less memory"),
     ),
 }  # fmt: skip

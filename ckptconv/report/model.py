@@ -35,6 +35,7 @@ class RunReport:
     ladder: Ladder = field(default_factory=Ladder)
     #: copied_nbytes, computed_nbytes, peak_nbytes; of a plan in tasks also how many, and read_amplification
     cost: Mapping[str, float] = field(default_factory=dict)
+    on_paper: Mapping[str, Any] = field(default_factory=dict)  #: of a plan: its cost on so many workers, bytes, requests, seconds
     seconds: float = 0.0
     workers: tuple[Mapping[str, Any], ...] = ()  #: of a run: number, copied_nbytes, cloned_nbytes, computed_nbytes, seconds
     plan: Plan | None = field(default=None, repr=False)  #: where everything comes from, for views that show it
@@ -47,7 +48,7 @@ class RunReport:
             "skipped": dict(self.skipped), "target": self.target, "fits": None if self.comparison is None else self.comparison.fits,
             "coverage": None if self.comparison is None else self.comparison.coverage, "allowed": self.allowed,
             "verification": self.ladder.to_json(), "cost": dict(self.cost), "seconds": round(self.seconds, 3),
-            "workers": [dict(worker) for worker in self.workers],
+            "workers": [dict(worker) for worker in self.workers], **({"on_paper": dict(self.on_paper)} if self.on_paper else {}),
         }  # fmt: skip
 
 

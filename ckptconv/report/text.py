@@ -161,11 +161,21 @@ def _closing(report: RunReport) -> Text:
         return Text.assemble(
             ("nothing written: this is the plan  ", "bold"),
             f"{where['tensors']:,} tensors, {size}: {nbytes_text(cost['copied_nbytes'])} copied, {nbytes_text(cost['computed_nbytes'])} computed, "
-            f"peak memory about {nbytes_text(cost['peak_nbytes'])}{tasks}",
+            f"peak memory about {nbytes_text(cost['peak_nbytes'])}{tasks}{_on_paper(report.on_paper)}",
         )  # fmt: skip
     failed = report.ladder.failed
     verdict = Text("not verified", "bold red") if failed else Text(f"verified {report.ladder.reached}", "bold green")
     return verdict.append(f"  {where['tensors']:,} tensors, {size}, {seconds}")
+
+
+def _on_paper(cost: Mapping[str, Any]) -> str:
+    if not cost:
+        return ""
+    return (
+        f"\non paper, {cost['workers']:,} workers at {cost['store']}: {nbytes_text(cost['read_nbytes'])} and {nbytes_text(cost['proved_nbytes'])} for the "
+        f"proof read in {cost['reads']:,} requests, {nbytes_text(cost['written_nbytes'])} written in {cost['writes']:,}; {cost['tasks_seconds']:,.0f} s, "
+        f"and {cost['alone_seconds']:,.0f} s that no further worker makes shorter"
+    )
 
 
 def printable_lines(problem: Problem, indent: str = "") -> str:

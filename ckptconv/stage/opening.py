@@ -171,14 +171,17 @@ def read_json(path: Path, what: str, limit: int) -> Any:
         raise UsageError(Problem("CK107", f"{what} is not JSON: {reason}", where=printable(path))) from None
 
 
-def config_for(path: Path, given: Path | None) -> Mapping[str, Any] | None:
-    """``--config FILE``, else the config beside the source (``config.json``, PEFT's ``adapter_config.json``, Meta's ``params.json``)."""
+def config_beside(path: Path) -> Path | None:
+    """The config that lies in a checkpoint's folder, or beside its file: ``config.json``, PEFT's ``adapter_config.json``, Meta's ``params.json``."""
     folder = path if path.is_dir() else path.parent
-    beside = next((folder / name for name in ("config.json", "adapter_config.json", "params.json") if (folder / name).is_file()), None)
-    if given is None and beside is None:
+    return next((folder / name for name in ("config.json", "adapter_config.json", "params.json") if (folder / name).is_file()), None)
+
+
+def config_for(path: Path, given: Path | None) -> Mapping[str, Any] | None:
+    """``--config FILE``, else the config beside the source."""
+    found = given or config_beside(path)
+    if found is None:
         return None
-    found = given or beside
-    assert found is not None
     config = read_json(found, "the config", MAX_CONFIG)
     if not isinstance(config, dict):
         raise UsageError(Problem("CK107", "the config must be a JSON object", where=printable(found)))

@@ -106,6 +106,11 @@ class Conversion:
         """What will be on the disk."""
         return self.layout.nbytes + sum(neighbour.stat().st_size for neighbour in self.beside if neighbour.is_file())
 
+    @property
+    def untouched_nbytes(self) -> int:
+        """Of the source, what no output takes: it is read for the source's digest alone."""
+        return _untouched_nbytes(self.prepared)
+
     def sources(self) -> Sources:
         """The source's files, to be opened: the same that were planned for, or refused."""
         return Sources(self.prepared.source.files, self.prepared.source.contents.identities)
@@ -120,7 +125,7 @@ class Conversion:
 
 def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Conversion | None, int]:
     """What producing would write, and its peak memory in bytes; pure."""
-    peak = plan_peak(prepared.plan, options.threads)
+    peak = plan_peak(computed_islands(prepared.plan.stored, prepared.source.placed), options.threads)
     return None if destination is None else _lay(prepared, shape_of(prepared, destination, options), options), peak
 
 

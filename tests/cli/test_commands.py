@@ -8,23 +8,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = [
-    "explain",
-    "suggest",
-    "run",
-    "plan",
-    "inspect",
-    "diff",
-    "verify",
-    "check",
-    "test",
-    "rules",
-    "schema",
-    "completion",
-    "work",
-    "finish",
-    "status",
-]
+COMMANDS = ["explain", "suggest", "batch", "run", "plan", "work", "finish", "status", "inspect", "diff", "verify", "check", "test", "rules", "schema",
+            "completion"]  # fmt: skip
 
 
 @pytest.fixture
@@ -110,6 +95,11 @@ def test_plan_says_bytes_lineage_and_peak(folder, cli):
     assert "renamed" in result.out
     assert "module.layers.{0-11}.attn.qkv.weight, module.head.weight → layers.{0-11}.attn.qkv.weight, head.weight" in result.out
     assert "peak memory" in result.out
+    split = "version: 1\nname: s\nsummary: s\nsteps: [{split: {from: 'module.{m:**}.qkv.{p}', to: '{m}.{x:q|k|v}.{p}'}}]\n"
+    (folder / "s.yaml").write_text(split)
+    assert "600 B copied, 0 B computed" in cli("plan", "s.yaml", "in.pth", "out.pth", cwd=folder).out, (
+        "rows of a tensor are copied, as a run says"
+    )
     assert not (folder / "out.pth").exists()
 
 
