@@ -249,6 +249,7 @@ def verify(
     """
     from ckptconv import formats, target
     from ckptconv.compare import compare
+    from ckptconv.layout import written_like
     from ckptconv.plan import as_it_is
     from ckptconv.report.model import RunReport
     from ckptconv.stage.opening import open_source, rule_file
@@ -266,7 +267,7 @@ def verify(
         raise UsageError(Problem("CK107", "verify needs a --target, or --against with --rules"))
     chosen = Options(**{**options, "target": target_word, "verify": level})
     written = open_source(path, chosen.select if against is None else ())
-    kind = "safetensors" if written.contents.format == "safetensors" else "torch"
+    kind = written_like(written.contents)
     meter = Meter(progress or (lambda _stage, _done, _total: None), written.manifest.nbytes)
     bare = Evidence(
         written.files,

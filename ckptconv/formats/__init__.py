@@ -22,6 +22,7 @@ READERS: Mapping[str, Callable[[Path], Contents]] = Lazy({
 WRITERS: Mapping[str, Writer] = Lazy({
     "torch": "ckptconv.formats.torch_zip_writer:WRITER",
     "safetensors": "ckptconv.formats.safetensors:WRITER",
+    "dcp": "ckptconv.formats.dcp_writer:WRITER",
 })  # fmt: skip
 
 

@@ -210,6 +210,15 @@ class Writer(Protocol):
         """
         ...
 
+    def lay_out_folder(
+        self, manifest: Manifest, shard_nbytes: int | None, **options: Any
+    ) -> tuple[tuple[FileLayout, ...], tuple[str, bytes] | None]:
+        """The files of a folder, each of at most ``shard_nbytes`` where no single tensor passes that; ``options`` as for :meth:`lay_out`.
+
+        With them the folder's index (file name and contents) where it has one: it is written last.
+        """
+        ...
+
     def seal(self, layout: FileLayout, crc32: Mapping[str, int], metadata: Mapping[str, str]) -> list[tuple[int, bytes]]:
         """All bytes outside the slots, as (offset, bytes). May be called again with other metadata of the same keys and lengths."""
         ...

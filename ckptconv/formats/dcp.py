@@ -9,19 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Contents, Foreign, Keyed, Placed
-from ckptconv.formats.containers import contents_from_tree
+from ckptconv.formats.containers import contents_from_tree, with_top
 from ckptconv.formats.pickle_machine import MAX_PICKLE, allowance, run
+from ckptconv.formats.sharded import beside
 from ckptconv.formats.strict import opened, read_at
 from ckptconv.formats.torch_zip_reader import read_embedded
 from ckptconv.spec import Box, TensorSpec
 
 METADATA = ".metadata"
+MAX_VALUES = 50_000  #: entries that are no tensors and are looked into (docs/limits.md); it grows with the checkpoint
 _CHUNK = "torch.distributed.checkpoint.metadata.ChunkStorageMetadata"
 
 
@@ -60,14 +63,40 @@ def read(folder: Path) -> Contents:
         if "/" in name or "\\" in name or name in ("", ".", "..") or (folder / name).is_symlink() or not (folder / name).is_file():
             raise _bad("a data file is missing, or no plain file of the folder", printable(name))
     flat: dict[str, Any] = {}
+    own: dict[str, str] = {}
+    values = 0
     with ExitStack() as stack:
-        files = {name: (at, stack.enter_context(opened(folder / name))) for at, name in enumerate(names)}
+        files = _Files(folder, {name: (at, stack.enter_context(opened(folder / name))) for at, name in enumerate(names)}, own)
         for name, entry in entries.items():
             if not isinstance(name, str):
                 raise _bad("a tensor without a name", printable(name))
-            flat[name] = _tensor(folder, name, entry, places.get(name, {}), files)
+            found = places.get(name, {})
+            if isinstance(entry, Foreign) and entry.name.endswith(".TensorStorageMetadata") and isinstance(entry.state, dict):
+                flat[name] = _tensor(name, entry.state, found, files)
+            else:
+                values += 1
+                flat[name] = _value(entry, found, files) if values <= MAX_VALUES * times else entry
+    unread = values - MAX_VALUES * times
+    warnings = (f"{unread:,} entries that are no tensors were not read; they are left behind",) if unread > 0 else ()
     tree = _unflattened(flat, state.get("planner_data"))
-    return contents_from_tree("torch-distributed", tuple(folder / name for name in names), tree)
+    contents = contents_from_tree("torch-distributed", tuple(folder / name for name in names), tree, metadata=own, warnings=warnings)
+    neighbours, _ = beside(folder, {METADATA, *names})
+    return with_top(replace(contents, neighbours=neighbours))
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The open data files, by name: number and descriptor."""
+
+    folder: Path
+    opened: Mapping[str, tuple[int, int]]
+    metadata: dict[str, str]  #: what ckptconv wrote about itself, as it is found
+
+    def object_at(self, place: _Place) -> Any:
+        at, descriptor = self.opened[place.file]
+        found, own = read_embedded(self.folder / place.file, descriptor, at, place.offset, place.nbytes)
+        self.metadata.update(own)
+        return found
 
 
 def _no_storage(kind: str, key: str, count: int, view: Any) -> Any:  # noqa: ARG001  (the signature of a resolver)
@@ -109,34 +138,49 @@ def _places(storage: Mapping[Any, Any]) -> dict[str, dict[tuple[int, ...] | None
     return found
 
 
-def _tensor(
-    folder: Path, name: str, entry: Any, places: Mapping[tuple[int, ...] | None, _Place], files: Mapping[str, tuple[int, int]]
-) -> Any:
-    """The tensor called ``name``; for what is no tensor, its entry as it stands."""
-    if not isinstance(entry, Foreign) or not entry.name.endswith(".TensorStorageMetadata") or not isinstance(entry.state, dict):
+def _value(entry: Any, places: Mapping[tuple[int, ...] | None, _Place], files: _Files) -> Any:
+    """The plain data of an entry that is no tensor; the entry itself where it is something else. What is in it is never run."""
+    place = places.get(None)
+    if place is None:
         return entry
-    shape, chunks = _sizes(entry.state.get("size")), entry.state.get("chunks")
+    try:
+        return files.object_at(place)
+    except Refusal:  # a stranger's object: it is named, and left behind
+        return entry
+
+
+def _tensor(name: str, state: Mapping[str, Any], places: Mapping[tuple[int, ...] | None, _Place], files: _Files) -> Placed | Composite:
+    """The tensor called ``name``, or the chunks that it is."""
+    shape, chunks = _sizes(state.get("size")), state.get("chunks")
     if not isinstance(chunks, list) or not chunks:
         raise _bad(f"{printable(name)} has no chunks")
-    parts: dict[str, Placed | float | int] = {}
-    boxes: list[Box] = []
+    found: dict[Box, Placed] = {}
     for chunk in chunks:
         fields = _state(chunk, _CHUNK)
         start, size = _sizes(fields.get("offsets")), _sizes(fields.get("sizes"))
+        box = Box(start, size)
+        if box in found or (0 in size and 0 not in shape):
+            continue  # a copy of the same chunk, or the share of a rank that got nothing
         place = places.get(start)
-        if place is None or len(start) != len(shape) or any(a + n > s for a, n, s in zip(start, size, shape, strict=False)):
+        if place is None or not len(start) == len(size) == len(shape) or any(a + n > s for a, n, s in zip(start, size, shape, strict=True)):
             raise _bad(f"a chunk of {printable(name)} is missing, or outside of it", f"{list(start)} + {list(size)} of {list(shape)}")
-        at, descriptor = files[place.file]
-        placed = read_embedded(folder / place.file, descriptor, at, place.offset, place.nbytes)
+        placed = files.object_at(place)
         if not isinstance(placed, Placed) or placed.spec.shape != size:
             raise _bad(f"a chunk of {printable(name)} is not the tensor that .metadata says", f"{list(size)} wanted")
-        parts[f"[{', '.join(f'{a}:{a + n}' for a, n in zip(start, size, strict=True))}]"] = placed
-        boxes.append(Box(start, size))
-    first = next(iter(parts.values()))
-    assert isinstance(first, Placed)
-    if len(parts) == 1 and first.spec.shape == shape:
+        found[box] = placed
+    if not found:
+        raise _bad(f"{printable(name)} has no chunks")
+    dtypes = sorted({placed.spec.dtype.value for placed in found.values()})
+    if len(dtypes) > 1:
+        raise _bad(f"the chunks of {printable(name)} are of different dtypes", ", ".join(dtypes))
+    first = next(iter(found.values()))
+    if len(found) == 1 and first.spec.shape == shape:
         return first
-    return Composite("chunks", TensorSpec(shape, first.spec.dtype), parts, tuple(boxes))
+    if sum(placed.spec.numel for placed in found.values()) > prod(shape):
+        raise _bad(f"the chunks of {printable(name)} overlap", f"{len(found)} chunks of {list(shape)}")
+    spans = (", ".join(f"{a}:{a + n}" for a, n in zip(box.start, box.size, strict=True)) for box in found)
+    parts: dict[str, Placed | float | int] = {f"[{span}]": placed for span, placed in zip(spans, found.values(), strict=True)}
+    return Composite("chunks", TensorSpec(shape, first.spec.dtype), parts, tuple(found))
 
 
 def _unflattened(flat: Mapping[str, Any], paths: Any) -> dict[Any, Any]:

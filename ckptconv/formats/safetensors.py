@@ -19,6 +19,7 @@ from typing import Any
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Container, Contents, Converted, FileLayout, Placed, Slot, Storage
+from ckptconv.formats.sharded import Folder, lay_out_folder
 from ckptconv.formats.strict import opened, parse_json, read_at
 from ckptconv.names import unusable
 from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, Manifest, TensorSpec, contiguous_strides
@@ -248,6 +249,10 @@ class SafetensorsWriter:
         return FileLayout(
             file_name, self.name, start + at, slots, manifest, dict(metadata), needs_crc=False, detail=(entries, phase if phases else None)
         )
+
+    def lay_out_folder(self, manifest: Manifest, shard_nbytes: int | None, **options: Any) -> Folder:
+        """``model.safetensors``, or its shards and their index."""
+        return lay_out_folder(self, "model", manifest, shard_nbytes, options)
 
     def seal(self, layout: FileLayout, crc32: Mapping[str, int], metadata: Mapping[str, str]) -> list[tuple[int, bytes]]:  # noqa: ARG002
         """The header. Raises ``ValueError`` when other metadata than the layout's has another length."""

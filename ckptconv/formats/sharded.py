@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.base import INDEX_SUFFIX, Composite, Container, Contents, Placed
+from ckptconv.formats.base import INDEX_SUFFIX, Composite, Container, Contents, FileLayout, Placed, Writer
 from ckptconv.formats.joining import shifted
 from ckptconv.formats.strict import opened, parse_json, read_at
 from ckptconv.spec import Manifest, TensorSpec
@@ -80,7 +80,7 @@ def read_folder(folder: Path, format: str | None = None) -> Contents:  # noqa: A
     if match is not None and int(match[2]) > 1:
         raise _refused("a shard without the others and without an index", found=printable(name), try_="download the checkpoint again")
     contents = _read_shard(folder, name)
-    neighbours, left = _beside(folder, {name})
+    neighbours, left = beside(folder, {name})
     return replace(contents, neighbours=neighbours, warnings=(*contents.warnings, *left))
 
 
@@ -101,7 +101,7 @@ def read_index(path: Path) -> Contents:
     sizes = (merged.manifest.nbytes, sum(placed.spec.nbytes for placed in merged.tensors.values()))
     if total_size is not None and total_size not in sizes and not merged.unsupported:
         warnings.append(f"{printable(path.name)}: total_size is {total_size:,}, the tensors have {sizes[0]:,} bytes")
-    neighbours, left = _beside(folder, {*shards, path.name})
+    neighbours, left = beside(folder, {*shards, path.name})
     return Contents(
         parts[0].format, tuple(folder / shard for shard in shards), {".": merged}, tree=dict(merged.tensors),
         metadata=_common([part.metadata for part in parts]), warnings=(*warnings, *left), neighbours=neighbours,
@@ -229,7 +229,7 @@ def _common(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
-def _beside(folder: Path, read: set[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def beside(folder: Path, read: set[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """The folder's files that should come along with a converted model, and a warning that names those that should not."""
     names = [name for name in _listing(folder) if name not in read]
     neighbours = [name for name in names if _is_companion(folder, name)]
@@ -280,6 +280,18 @@ def plan_shards(manifest: Manifest, format: str, shard_nbytes: int | None, stem:
     names = [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)] if count > 1 else [stem + suffix]
     parts = (Manifest(part, tuple(groups), manifest.buffers & part.keys()) for part, groups in zip(tensors, ties, strict=True))
     return list(zip(names, parts, strict=True))
+
+
+#: The files of a folder, laid out, and its index (file name and contents) where it has one. The index is written last.
+Folder = tuple[tuple[FileLayout, ...], tuple[str, bytes] | None]
+
+
+def lay_out_folder(writer: Writer, stem: str, manifest: Manifest, shard_nbytes: int | None, options: Mapping[str, Any]) -> Folder:
+    """The shards of ``manifest`` as ``writer`` lays them out with ``options``, and the index where there are several."""
+    shards = plan_shards(manifest, writer.name, shard_nbytes, stem)
+    files = tuple(writer.lay_out(name, part, **options) for name, part in shards)
+    suffix = SUFFIXES[writer.name][0] + INDEX_SUFFIX
+    return files, (stem + suffix, index_json(shards, manifest.nbytes)) if len(shards) > 1 else None
 
 
 def index_json(shards: Sequence[tuple[str, Manifest]], total_size: int) -> bytes:

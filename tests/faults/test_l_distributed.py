@@ -67,6 +67,7 @@ def placed(**changes):
 
 
 TWO = CHUNK * 2
+HALF = torch_file(pickled(tensor([2, 4], [4, 1], of=storage(kind="HalfStorage"))), bytes(16))
 EVIL = torch_file(pickled(call("posix.system", text("touch marker"))))
 HALVES = (((0, 0), (2, 4)), ((2, 0), (2, 4)))
 BOTH = [(index("w", (0, 0)), place()), (index("w", (2, 0)), place(len(CHUNK)))]
@@ -85,7 +86,9 @@ REFUSED = [
     ("c139-a-backslash", placed(path="..\\x"), 3, ("in", "CK302", "a data file is missing, or no plain file of the folder", "..\\x", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c139-a-link", {"__0_0.distcp": ("../pass.yaml",)}, 3, ("in", "CK302", "a data file is missing, or no plain file of the folder", "__0_0.distcp", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-a-hole", {".metadata": metadata((4, 4), HALVES[:1])}, 3, ("in", "CK305", "the chunks of w do not make it up: 2:4 along axis 0 is in no output")),
-    ("c140-an-overlap", {".metadata": metadata((3, 4), (HALVES[0], ((1, 0), (2, 4))), [BOTH[0], (index("w", (1, 0)), place(len(CHUNK)))]), "__0_0.distcp": TWO}, 3, ("in", "CK305", "the chunks of w do not make it up: the outputs cover only a part of it ([0, 0]+[2, 4], [1, 0]+[2, 4])")),
+    ("c140-an-overlap", {".metadata": metadata((3, 4), (HALVES[0], ((1, 0), (2, 4))), [BOTH[0], (index("w", (1, 0)), place(len(CHUNK)))]), "__0_0.distcp": TWO}, 3, ("in", "CK302", "the chunks of w overlap", "2 chunks of [3, 4]", "save the checkpoint again with torch.distributed.checkpoint")),
+    ("c140-a-chunk-with-more-sizes-than-offsets", {".metadata": metadata((4, 4), (((0, 0), (2, 4, 1)),), BOTH[:1])}, 3, ("in", "CK302", "a chunk of w is missing, or outside of it", "[0, 0] + [2, 4, 1] of [4, 4]", "save the checkpoint again with torch.distributed.checkpoint")),
+    ("c140-chunks-of-two-dtypes", {".metadata": metadata((4, 4), HALVES, [BOTH[0], (index("w", (2, 0)), place(len(CHUNK), len(HALF)))]), "__0_0.distcp": CHUNK + HALF}, 3, ("in", "CK302", "the chunks of w are of different dtypes", "float16, float32", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-beyond-the-tensor", {".metadata": metadata((3, 4), HALVES, BOTH), "__0_0.distcp": TWO}, 3, ("in", "CK302", "a chunk of w is missing, or outside of it", "[2, 0] + [2, 4] of [3, 4]", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-another-rank", {".metadata": metadata((8,), (((0, 0), (2, 4)),))}, 3, ("in", "CK302", "a chunk of w is missing, or outside of it", "[0, 0] + [2, 4] of [8]", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-no-chunks", {".metadata": metadata(chunks=(), places=[])}, 3, ("in", "CK302", "w has no chunks", "", "save the checkpoint again with torch.distributed.checkpoint")),
