@@ -50,6 +50,10 @@ def contents_from_tree(
     check_tree(tree, times)
     found: dict[str, Container] = {}
     _search(tree, (), found, MAX_NAMES * times)
+    if not found and isinstance(tree, dict):  # all that there is may be of a kind that cannot be converted: then that is what to say
+        for key, node in ((".", tree), *tree.items()):
+            if isinstance(node, dict) and node and all(isinstance(value, Unsupported) for value in node.values()):
+                found[str(key)] = _from_dict(node, str(key), MAX_NAMES * times)
     ranked = sorted(found.values(), key=_rank)
     return Contents(
         format, files, {container.path: container for container in ranked}, tree, metadata or {}, dict(_strangers(tree)), warnings,

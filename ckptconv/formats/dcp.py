@@ -10,18 +10,18 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Contents, Foreign, Keyed, Placed
-from ckptconv.formats.containers import contents_from_tree, with_top
+from ckptconv.formats.chunks import joined
+from ckptconv.formats.containers import MAX_DEPTH, contents_from_tree, with_top
 from ckptconv.formats.pickle_machine import MAX_PICKLE, allowance, run
 from ckptconv.formats.sharded import beside
 from ckptconv.formats.strict import opened, read_at
 from ckptconv.formats.torch_zip_reader import read_embedded
-from ckptconv.spec import Box, TensorSpec
+from ckptconv.spec import Box
 
 METADATA = ".metadata"
 MAX_VALUES = 50_000  #: entries that are no tensors and are looked into (docs/limits.md); it grows with the checkpoint
@@ -168,31 +168,34 @@ def _tensor(name: str, state: Mapping[str, Any], places: Mapping[tuple[int, ...]
         if not isinstance(placed, Placed) or placed.spec.shape != size:
             raise _bad(f"a chunk of {printable(name)} is not the tensor that .metadata says", f"{list(size)} wanted")
         found[box] = placed
-    if not found:
-        raise _bad(f"{printable(name)} has no chunks")
-    dtypes = sorted({placed.spec.dtype.value for placed in found.values()})
-    if len(dtypes) > 1:
-        raise _bad(f"the chunks of {printable(name)} are of different dtypes", ", ".join(dtypes))
-    first = next(iter(found.values()))
-    if len(found) == 1 and first.spec.shape == shape:
-        return first
-    if sum(placed.spec.numel for placed in found.values()) > prod(shape):
-        raise _bad(f"the chunks of {printable(name)} overlap", f"{len(found)} chunks of {list(shape)}")
-    spans = (", ".join(f"{a}:{a + n}" for a, n in zip(box.start, box.size, strict=True)) for box in found)
-    parts: dict[str, Placed | float | int] = {f"[{span}]": placed for span, placed in zip(spans, found.values(), strict=True)}
-    return Composite("chunks", TensorSpec(shape, first.spec.dtype), parts, tuple(found))
+    return joined(name, shape, found, _bad)
+
+
+class _Node(dict[Any, Any]):
+    """A dict or list that paths lead through; what stands at their ends is none, even where it is a dict."""
 
 
 def _unflattened(flat: Mapping[str, Any], paths: Any) -> dict[Any, Any]:
-    """The dicts that were saved: ``paths`` (the planner's) says where each entry stood. Without it, one flat dict."""
-    tree: dict[Any, Any] = {}
+    """What was saved: ``paths`` (the planner's) says where each entry stood. Without it, one flat dict."""
+    tree = _Node()
     for name, value in flat.items():
         path = paths.get(name) if isinstance(paths, dict) else None
-        keys = path if isinstance(path, (tuple, list)) and path and all(isinstance(key, (str, int)) for key in path) else (name,)
+        keys = path if isinstance(path, (tuple, list)) and path and all(type(key) in (str, int) for key in path) else (name,)
         node = tree
         for key in keys[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
+            node = node.setdefault(key, _Node())
+            if not isinstance(node, _Node):
                 raise _bad("the paths in .metadata contradict each other", printable(name))
+        if keys[-1] in node or len(keys) > MAX_DEPTH:
+            raise _bad("the paths in .metadata contradict each other, or have no end", printable(name))
         node[keys[-1]] = value
-    return tree
+    return {key: _grown(value) for key, value in tree.items()}
+
+
+def _grown(value: Any) -> Any:
+    """A node as the list that it was, where its keys count from 0 (those of a dict are text in such paths), else as a dict."""
+    if not isinstance(value, _Node):
+        return value
+    inner = {key: _grown(item) for key, item in value.items()}
+    counted = all(type(key) is int for key in inner) and min(inner) == 0 and max(inner) == len(inner) - 1
+    return [inner[at] for at in range(len(inner))] if counted else inner

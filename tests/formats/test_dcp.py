@@ -1,0 +1,199 @@
+"""Folders of torch.distributed.checkpoint that we write, as torch's own readers see them; and real ones of other layouts, as we see them."""
+
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import ckptconv
+from ckptconv import formats
+from ckptconv.formats.base import Converted, Kept
+from ckptconv.formats.dcp_writer import WRITER
+from ckptconv.ruleset.model import parse
+from ckptconv.spec import DType, Manifest, TensorSpec
+
+
+def rules(*steps, **header):
+    import json
+
+    return parse(json.dumps({"version": 1, "name": "t", "summary": "t", "steps": steps, **header}).encode(), "t.yaml")
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Small(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def whole(folder, tmp_path):
+    """Everything in a folder, put together by torch."""
+    dcp_to_torch_save(folder, tmp_path / "whole.pth")
+    return torch.load(tmp_path / "whole.pth", weights_only=True)
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "200B"])
+def test_a_model_loads_what_we_write(tmp_path, shard_size):
+    model = Small()
+    torch.save(model.state_dict(), tmp_path / "in.pth")
+    report = ckptconv.run("plain-tensors", tmp_path / "in.pth", tmp_path / "out", format="dcp", shard_size=shard_size, verify=4)
+    assert report.ladder.reached == "L0 L1 L3 L4"
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == [".metadata", "__0_0.distcp"] if shard_size == "5GB" else len(files) > 3
+    into = Small(seed=1)
+    state = into.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert_equal(dict(into.state_dict()), dict(model.state_dict()))
+    assert_equal(whole(tmp_path / "out", tmp_path), dict(model.state_dict()))
+
+
+def test_tied_names_are_one_archive(tmp_path):
+    torch.save(Small().state_dict(), tmp_path / "in.pth")
+    ckptconv.run("plain-tensors", tmp_path / "in.pth", tmp_path / "out", format="dcp")
+    places = dcp.FileSystemReader(tmp_path / "out").read_metadata().storage_data
+    by_name = {index.fqn: (place.relative_path, place.offset) for index, place in places.items()}
+    assert by_name["head.weight"] == by_name["embed.weight"]
+    assert len(set(by_name.values())) == len(by_name) - 1
+    (container,) = formats.read(tmp_path / "out").containers.values()
+    assert container.manifest.ties == (("embed.weight", "head.weight"),)
+
+
+def test_every_archive_is_a_whole_zip_whose_values_lie_at_multiples_of_64(tmp_path):
+    torch.save(Small().state_dict(), tmp_path / "in.pth")
+    ckptconv.run("plain-tensors", tmp_path / "in.pth", tmp_path / "out", format="dcp")
+    data = (tmp_path / "out" / "__0_0.distcp").read_bytes()
+    for index, place in dcp.FileSystemReader(tmp_path / "out").read_metadata().storage_data.items():
+        with zipfile.ZipFile(BytesIO(data[place.offset : place.offset + place.length])) as archive:
+            assert archive.testzip() is None, index
+    container = formats.read(tmp_path / "out").containers["."]
+    assert {(placed.storage.offset + placed.offset) % 64 for placed in container.tensors.values()} == {0}
+
+
+def test_a_rename_is_a_copy_of_bytes(tmp_path):
+    from ckptconv.execute.engine import Receipt
+    from ckptconv.stage import producing
+
+    seen: list[Receipt] = []
+    produce = producing.fill
+    try:
+        producing.fill = lambda *given, **options: seen.append(produce(*given, **options)) or seen[-1]
+        torch.save({"module.w": normal(300, 7), "module.b": normal(9, dtype=torch.bfloat16)}, tmp_path / "in.pth")
+        ckptconv.run("dataparallel", tmp_path / "in.pth", tmp_path / "out", format="dcp")
+    finally:
+        producing.fill = produce
+    assert (seen[0].copied_nbytes, seen[0].computed_nbytes) == (300 * 7 * 4 + 9 * 2, 0)
+    assert_equal(whole(tmp_path / "out", tmp_path), {"w": normal(300, 7), "b": normal(9, dtype=torch.bfloat16)})
+
+
+def test_there_and_back_is_the_same_checkpoint(tmp_path):
+    model = Small()
+    dcp.save(dict(model.state_dict()), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    there = rules({"rename": {"layers.{i:int}.{p}": "model.blocks.{i}.{p}", "{m:embed|head|norm}.{p}": "model.{m}.{p}"}})
+    back = rules({"rename": {"model.blocks.{i:int}.{p}": "layers.{i}.{p}", "model.{m:embed|head|norm}.{p}": "{m}.{p}"}})
+    ckptconv.run(there, tmp_path / "dcp", tmp_path / "hf", format="safetensors", untie=True)
+    ckptconv.run(back, tmp_path / "hf", tmp_path / "again", format="dcp")
+    assert_equal(whole(tmp_path / "again", tmp_path), whole(tmp_path / "dcp", tmp_path))
+
+
+def test_a_training_checkpoint_keeps_its_optimizer(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.125)
+    model(normal(2, 3)).sum().backward()
+    optimizer.step()
+    state = {"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}, "optimizer": optimizer.state_dict(),
+             "epoch": 7, "note": "später", "rng": (normal(2), 3), "nothing": None}  # fmt: skip
+    torch.save(state, tmp_path / "in.ckpt")
+    ckptconv.run("dataparallel", tmp_path / "in.ckpt", tmp_path / "out", format="dcp", keep_extras=True, shard_size="60B")
+    assert len(list((tmp_path / "out").glob("*.distcp"))) > 4
+    found = whole(tmp_path / "out", tmp_path)
+    assert_equal(found["state_dict"], dict(model.state_dict()))
+    assert (found["epoch"], found["note"], found["rng"][1], found["nothing"]) == (7, "später", 3, None)
+    assert torch.equal(found["rng"][0], normal(2))
+    wanted = optimizer.state_dict()
+    assert found["optimizer"]["param_groups"] == wanted["param_groups"]
+    for number, moments in wanted["state"].items():  # torch makes text of the keys
+        assert_equal(found["optimizer"]["state"][str(number)], moments)
+    # The same once more, from the folder; and out of it again.
+    ckptconv.run("plain-tensors", tmp_path / "out", tmp_path / "again", keep_extras=True)
+    assert (tmp_path / "again" / ".metadata").is_file()
+    ckptconv.run("plain-tensors", tmp_path / "again", tmp_path / "again.pth", keep_extras=True)
+    last = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert last["optimizer"]["param_groups"] == wanted["param_groups"]
+    assert torch.equal(last["optimizer"]["state"]["0"]["exp_avg"], wanted["state"][0]["exp_avg"])
+    assert torch.equal(last["rng"][0], normal(2))
+
+
+def test_lists_are_taken_apart_where_torch_does_it():
+    tree = {"model": Converted(), "a": [[1, 2], 3], "b": [{"x": 1}, Kept("::m", TensorSpec((2,), DType.int8))], "c": [], "d": {}}
+    layout = WRITER.lay_out("f", Manifest({"w": TensorSpec((3,), DType.int8)}), metadata={}, tree=tree)
+    entries = {entry.fqn: entry.path for blob in layout.detail for entry in blob.entries}
+    assert entries == {"model.w": ("model", "w"), "a": ("a",), "b.0.x": ("b", 0, "x"), "b.1": ("b", 1), "c": ("c",)}
+    plain = {"model": {"w": torch.zeros(3)}, "a": [[1, 2], 3], "b": [{"x": 1}, torch.zeros(2)], "c": [], "d": {}}
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    assert entries == flatten_state_dict(plain)[1]
+
+
+def test_names_that_flatten_to_one_are_refused(tmp_path, cli):
+    torch.save({"state_dict": {"a.b": normal(2)}, "state_dict.a": {"b": 3}}, tmp_path / "in.pth")
+    result = cli("run", "plain-tensors", "in.pth", "out", "--format", "dcp", "--keep-extras", "--select", "state_dict", cwd=tmp_path)
+    assert result.code == 2
+    assert "two entries would be called 'state_dict.a.b'" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_folder_is_refused(tmp_path, cli):
+    torch.save({"w": normal(2)}, tmp_path / "in.pth")
+    result = cli("run", "plain-tensors", "in.pth", "out.pth", "--format", "dcp", cwd=tmp_path)
+    assert result.code == 2
+    assert "--format dcp, but the destination's name says torch" in result.err
+    assert cli("run", "plain-tensors", "in.pth", "step.100", "--format", "dcp", cwd=tmp_path).code == 0
+    assert_equal(whole(tmp_path / "step.100", tmp_path), {"w": normal(2)})
+
+
+def test_the_written_folder_is_loaded_strictly_by_torch_and_its_pickle_is_not_run(tmp_path, cli):
+    (tmp_path / "small_dcp.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 3)\n")
+    torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "in.pth")
+    said = cli("run", "plain-tensors", "in.pth", "out", "--format", "dcp", "--target", "py:small_dcp:make", cwd=tmp_path)
+    assert "L2 ok     strict load" in said.out
+    assert cli("verify", "out", "--target", "py:small_dcp:make", cwd=tmp_path).code == 0
+    # What our own machine leaves out as a stranger's object, torch's unpickler would make: it is not on the list.
+    raw = (tmp_path / "out" / ".metadata").read_bytes()
+    meta = raw.replace(b"X\x0c\x00\x00\x00storage_metaq", b"X\x0c\x00\x00\x00storage_metaQ"[:-1] + b"q")
+    at = meta.index(b"N", meta.index(b"storage_meta"))
+    (tmp_path / "out" / ".metadata").write_bytes(meta[:at] + b"cargparse\nNamespace\n)R" + meta[at + 1 :])
+    refused = cli("verify", "out", "--target", "py:small_dcp:make", cwd=tmp_path)
+    assert refused.code == 4
+    assert ".metadata asks for argparse.Namespace" in refused.err + refused.out
+
+
+def test_torch_itself_reads_the_metadata_as_its_own(tmp_path):
+    """Field by field what torch writes for the same state_dict, but for where things lie."""
+    state = {"model": dict(Small().state_dict()), "step": 3}
+    dcp.save(state, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    ckptconv.run("plain-tensors", tmp_path / "theirs", tmp_path / "ours", keep_extras=True)
+    theirs, ours = (dcp.FileSystemReader(tmp_path / name).read_metadata() for name in ("theirs", "ours"))
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.planner_data == theirs.planner_data
+    assert ours.storage_data.keys() == theirs.storage_data.keys()
+    assert ours.version == theirs.version
+    assert Path(tmp_path / "ours" / ".metadata").stat().st_size < 2 * Path(tmp_path / "theirs" / ".metadata").stat().st_size
