@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def _bad(what: str, found: str = "") -> Refusal:
     return Refusal(what, code="CK302", found=found, try_="save the checkpoint again with torch.distributed.checkpoint")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class _Place:
     """Where one chunk lies: which file, from which byte, how many."""
 
@@ -58,13 +59,14 @@ def read(folder: Path) -> Contents:
     if not isinstance(entries, dict) or not isinstance(storage, dict):
         raise _bad(".metadata names no tensors, or not where they are")
     places = _places(storage)
+    _refuse_overlaps({place for found in places.values() for place in found.values()})
     names = sorted({place.file for found in places.values() for place in found.values()})
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", "..") or (folder / name).is_symlink() or not (folder / name).is_file():
             raise _bad("a data file is missing, or no plain file of the folder", printable(name))
     flat: dict[str, Any] = {}
     own: dict[str, str] = {}
-    values = 0
+    values, nbytes, unread = 0, 0, 0
     with ExitStack() as stack:
         files = _Files(folder, {name: (at, stack.enter_context(opened(folder / name))) for at, name in enumerate(names)}, own)
         for name, entry in entries.items():
@@ -74,10 +76,12 @@ def read(folder: Path) -> Contents:
             if isinstance(entry, Foreign) and entry.name.endswith(".TensorStorageMetadata") and isinstance(entry.state, dict):
                 flat[name] = _tensor(name, entry.state, found, files)
             else:
-                values += 1
-                flat[name] = _value(entry, found, files) if values <= MAX_VALUES * times else entry
-    unread = values - MAX_VALUES * times
-    warnings = (f"{unread:,} entries that are no tensors were not read; they are left behind",) if unread > 0 else ()
+                place = found.get(None)
+                values, nbytes = values + 1, nbytes + (place.nbytes if place is not None else 0)
+                read = place is not None and values <= MAX_VALUES * times and nbytes <= MAX_PICKLE * times
+                flat[name] = _value(entry, place, files) if place is not None and read else entry
+                unread += place is not None and not read
+    warnings = (f"{unread:,} entries that are no tensors were not read; they are left behind",) if unread else ()
     tree = _unflattened(flat, state.get("planner_data"))
     contents = contents_from_tree("torch-distributed", tuple(folder / name for name in names), tree, metadata=own, warnings=warnings)
     neighbours, _ = beside(folder, {METADATA, *names})
@@ -91,12 +95,15 @@ class _Files:
     folder: Path
     opened: Mapping[str, tuple[int, int]]
     metadata: dict[str, str]  #: what ckptconv wrote about itself, as it is found
+    known: dict[_Place, Any] = field(default_factory=dict)
 
     def object_at(self, place: _Place) -> Any:
-        at, descriptor = self.opened[place.file]
-        found, own = read_embedded(self.folder / place.file, descriptor, at, place.offset, place.nbytes)
-        self.metadata.update(own)
-        return found
+        """What lies there. However many names ask for it, it is read once, and is one tensor."""
+        if place not in self.known:
+            at, descriptor = self.opened[place.file]
+            self.known[place], own = read_embedded(self.folder / place.file, descriptor, at, place.offset, place.nbytes)
+            self.metadata.update(own)
+        return self.known[place]
 
 
 def _no_storage(kind: str, key: str, count: int, view: Any) -> Any:  # noqa: ARG001  (the signature of a resolver)
@@ -134,15 +141,21 @@ def _places(storage: Mapping[Any, Any]) -> dict[str, dict[tuple[int, ...] | None
         ):
             raise _bad(".metadata says in an unknown way where the chunks are")
         at = None if offset is None else _sizes(offset)
-        found.setdefault(name, {})[at] = _Place(place["relative_path"], place["offset"], place["length"])
+        if at in found.setdefault(name, {}):
+            raise _bad(f".metadata says twice where a chunk of {printable(name)} is")
+        found[name][at] = _Place(place["relative_path"], place["offset"], place["length"])
     return found
 
 
-def _value(entry: Any, places: Mapping[tuple[int, ...] | None, _Place], files: _Files) -> Any:
+def _refuse_overlaps(places: set[_Place]) -> None:
+    """Archives lie one after the other: read once each, they cost no more than their file is long."""
+    for one, other in pairwise(sorted(places)):
+        if one.file == other.file and one.offset + one.nbytes > other.offset:
+            raise _bad("archives overlap", f"at bytes {one.offset:,} and {other.offset:,} of {printable(one.file)}")
+
+
+def _value(entry: Any, place: _Place, files: _Files) -> Any:
     """The plain data of an entry that is no tensor; the entry itself where it is something else. What is in it is never run."""
-    place = places.get(None)
-    if place is None:
-        return entry
     try:
         return files.object_at(place)
     except Refusal:  # a stranger's object: it is named, and left behind

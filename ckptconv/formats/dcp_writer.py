@@ -15,7 +15,7 @@ from ckptconv.errors import Refusal, printable
 from ckptconv.formats import torch_archive, zip_layout
 from ckptconv.formats.base import Converted, FileLayout, Kept, Slot
 from ckptconv.formats.pickle_writer import Called, Instance, Named, Pairs, emit_value
-from ckptconv.formats.sharded import Folder
+from ckptconv.formats.sharded import Folder, plan_shards
 from ckptconv.formats.torch_zip_writer import refused_names
 from ckptconv.spec import Manifest, TensorSpec
 
@@ -43,10 +43,6 @@ class _Entry:
     def fqn(self) -> str:
         """What torch calls it: the keys with dots between them."""
         return ".".join(map(str, self.path))
-
-    @property
-    def nbytes(self) -> int:
-        return self.value.spec.nbytes if isinstance(self.value, Kept) else 0
 
 
 @dataclass(frozen=True)
@@ -79,15 +75,17 @@ class DcpWriter:
 
     def lay_out_folder(self, manifest: Manifest, shard_nbytes: int | None, **options: Any) -> Folder:
         """``__0_0.distcp``, ``__1_0.distcp`` and so on, as if each came from a rank of its own, and ``.metadata``."""
-        shards: list[list[tuple[_Entry, ...]]] = [[]]
-        filled = 0
-        for group in _grouped(_entries(manifest, options.get("tree")), manifest):
-            nbytes = group[0].nbytes
-            if filled and shard_nbytes is not None and filled + nbytes > shard_nbytes:
-                shards.append([])
-                filled = 0
-            shards[-1].append(group)
-            filled += nbytes
+        entries = _entries(manifest, options.get("tree"))
+        kept = {entry.value.name: entry.value.spec for entry in entries if isinstance(entry.value, Kept) and not entry.name}
+        tensors = Manifest({**manifest.tensors, **kept}, manifest.ties)
+        parts = [part for _, part in plan_shards(tensors, "safetensors", shard_nbytes, "")]  # its names are another format's
+        shard_of = {name: at for at, part in enumerate(parts) for name in part}
+        shards: list[list[tuple[_Entry, ...]]] = [[] for _ in parts]
+        at = 0
+        for group in _grouped(entries, manifest):
+            value = group[0].value
+            at = shard_of[value.name] if isinstance(value, Kept) else at  # what is no tensor lies by the one before it
+            shards[at].append(group)
         files = tuple(
             _lay_out_file(f"__{at}_0.distcp", groups, _part(manifest, groups), options["metadata"], options.get("phases"))
             for at, groups in enumerate(shards)

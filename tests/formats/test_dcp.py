@@ -176,11 +176,10 @@ def test_the_written_folder_is_loaded_strictly_by_torch_and_its_pickle_is_not_ru
     said = cli("run", "plain-tensors", "in.pth", "out", "--format", "dcp", "--target", "py:small_dcp:make", cwd=tmp_path)
     assert "L2 ok     strict load" in said.out
     assert cli("verify", "out", "--target", "py:small_dcp:make", cwd=tmp_path).code == 0
-    # What our own machine leaves out as a stranger's object, torch's unpickler would make: it is not on the list.
+    # An object that our own machine leaves out, and that an unpickler of torch's would make: it is not on the list.
     raw = (tmp_path / "out" / ".metadata").read_bytes()
-    meta = raw.replace(b"X\x0c\x00\x00\x00storage_metaq", b"X\x0c\x00\x00\x00storage_metaQ"[:-1] + b"q")
-    at = meta.index(b"N", meta.index(b"storage_meta"))
-    (tmp_path / "out" / ".metadata").write_bytes(meta[:at] + b"cargparse\nNamespace\n)R" + meta[at + 1 :])
+    at = raw.index(b"N", raw.index(b"storage_meta"))
+    (tmp_path / "out" / ".metadata").write_bytes(raw[:at] + b"cargparse\nNamespace\n)R" + raw[at + 1 :])
     refused = cli("verify", "out", "--target", "py:small_dcp:make", cwd=tmp_path)
     assert refused.code == 4
     assert ".metadata asks for argparse.Namespace" in refused.err + refused.out
@@ -197,3 +196,49 @@ def test_torch_itself_reads_the_metadata_as_its_own(tmp_path):
     assert ours.storage_data.keys() == theirs.storage_data.keys()
     assert ours.version == theirs.version
     assert Path(tmp_path / "ours" / ".metadata").stat().st_size < 2 * Path(tmp_path / "theirs" / ".metadata").stat().st_size
+
+
+class Stranger:
+    pass
+
+
+def test_values_are_read_as_far_as_they_are_plain(tmp_path, monkeypatch):
+    state = {"model": {"a.w": normal(2)}, "text": "x" * 9000, "odd": {"object": Stranger()}, "pair": (1, normal(3))}
+    dcp.save(state, checkpoint_id=tmp_path / "in", no_dist=True)
+    tree = formats.read(tmp_path / "in").tree
+    assert tree["text"] == "x" * 9000
+    assert tree["pair"][0] == 1
+    assert str(tree["pair"][1].spec) == "[3] float32"
+    assert tree["odd"]["object"].name.endswith("test_dcp.Stranger")
+    (length,) = (
+        place.length for index, place in dcp.FileSystemReader(tmp_path / "in").read_metadata().storage_data.items() if index.fqn == "text"
+    )
+    for limit, value in (("MAX_VALUES", 1), ("MAX_PICKLE", length)):
+        with monkeypatch.context() as patched:
+            patched.setattr(formats.dcp, limit, value)
+            contents = formats.read(tmp_path / "in")
+            assert contents.warnings == ("2 entries that are no tensors were not read; they are left behind",)
+            assert contents.tree["text"] == "x" * 9000
+            assert contents.tree["pair"].name.endswith("BytesStorageMetadata")
+
+
+def test_one_archive_of_many_names_is_read_once(tmp_path, monkeypatch):
+    """Else a few bytes of metadata could ask for the same megabytes of pickle a million times."""
+    model = nn.ModuleList([nn.Linear(2, 2)] * 5)
+    torch.save(model.state_dict(), tmp_path / "in.pth")
+    ckptconv.run("plain-tensors", tmp_path / "in.pth", tmp_path / "out", format="dcp")
+    calls = []
+    read = formats.dcp.read_embedded
+    monkeypatch.setattr(formats.dcp, "read_embedded", lambda *given: calls.append(given) or read(*given))
+    assert len(formats.read(tmp_path / "out").containers["."].tensors) == 10
+    assert len(calls) == 2
+
+
+def test_companions_come_along(tmp_path):
+    dcp.save({"w": normal(2)}, checkpoint_id=tmp_path / "in", no_dist=True)
+    (tmp_path / "in" / "config.json").write_text("{}")
+    ckptconv.run("plain-tensors", tmp_path / "in", tmp_path / "out", format="safetensors")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    ckptconv.run("plain-tensors", tmp_path / "out", tmp_path / "again", format="dcp")
+    ckptconv.run("plain-tensors", tmp_path / "in", tmp_path / "again", force=True)
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [".metadata", "__0_0.distcp", "config.json"]
