@@ -88,6 +88,14 @@ def test_every_archive_is_a_whole_zip_whose_values_lie_at_multiples_of_64(tmp_pa
     assert {(placed.storage.offset + placed.offset) % 64 for placed in container.tensors.values()} == {0}
 
 
+def test_values_lie_where_they_lay_in_a_page():
+    """So that a filesystem which can share bytes between files may do it."""
+    manifest = Manifest({name: TensorSpec((size,), DType.uint8) for name, size in (("a", 5000), ("b", 3), ("c", 9000))})
+    layout = WRITER.lay_out("f", manifest, metadata={}, phases={"a": 640, "c": 4032})
+    assert [layout.slots[name].offset % 4096 for name in "ac"] == [640, 4032]
+    assert layout.slots["b"].offset % 64 == 0
+
+
 def test_a_rename_is_a_copy_of_bytes(tmp_path):
     from ckptconv.execute.engine import Receipt
     from ckptconv.stage import producing

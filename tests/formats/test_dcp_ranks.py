@@ -52,6 +52,10 @@ def test_what_two_ranks_saved_is_whole(ranks, full, tmp_path, name):
     assert_equal(converted(ranks[0] / name, tmp_path), full[0])
 
 
+def test_columns_of_two_ranks_and_a_copy_of_each(ranks, tmp_path):
+    assert_equal(converted(ranks[0] / "columns", tmp_path), {"w": torch.arange(30.0).view(5, 6), "same": torch.arange(3.0)})
+
+
 def test_the_moments_of_two_ranks_are_a_state_of_their_own(ranks, full):
     tree = formats.read(ranks[0] / "fsdp2").tree
     assert (tree["step"], tree["optim"]["param_groups"][0]["lr"]) == (5, 0.125)

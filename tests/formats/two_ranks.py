@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 
 class Net(nn.Module):
@@ -44,6 +45,8 @@ def sharded(folder, mesh):
     flat = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     dcp.save({**flat[0], "optimizer": flat[1], "train_state": {"step": torch.tensor(5)}}, checkpoint_id=f"{folder}/titan")
     dcp.save(weights, storage_writer=HuggingFaceStorageWriter(f"{folder}/shares", save_distributed=True))
+    columns = distribute_tensor(torch.arange(30.0).view(5, 6), mesh, [Shard(1)])
+    dcp.save({"w": columns, "same": distribute_tensor(torch.arange(3.0), mesh, [Replicate()])}, checkpoint_id=f"{folder}/columns")
     torch.save(model.state_dict(), f"{folder}/dtensor{dist.get_rank()}.pt")
     full = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
     if not dist.get_rank():
