@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
@@ -17,7 +18,7 @@ from ckptconv.formats.base import Converted, FileLayout, Kept, Slot
 from ckptconv.formats.pickle_writer import Called, Instance, Named, Pairs, emit_value
 from ckptconv.formats.sharded import Folder, plan_shards
 from ckptconv.formats.torch_zip_writer import refused_names
-from ckptconv.spec import Manifest, TensorSpec
+from ckptconv.spec import DType, Manifest, TensorSpec
 
 METADATA_FILE = ".metadata"
 VERSION = "1.0.0"  #: of the metadata, as torch 2.13 writes it; older ones do not look
@@ -134,16 +135,22 @@ def index(files: Sequence[FileLayout]) -> bytes:
     return emit_value(Instance(Named(_MODULE, "Metadata"), state))[0]
 
 
+@lru_cache(4096)
 def _size(shape: tuple[int, ...]) -> Called:
+    """One object for each shape: a pickle says it once."""
     return Called(_SIZE, (shape,))
+
+
+@cache
+def _properties(dtype: DType) -> Instance:
+    # dtype, layout, requires_grad, memory format, pin_memory
+    return Instance(Named(_MODULE, "TensorProperties"), (Named("torch", dtype.value), _LAYOUT, False, _MEMORY_FORMAT, False))
 
 
 def _tensor_metadata(spec: TensorSpec, offset: Called) -> Instance:
     size = _size(spec.shape)
-    # dtype, layout, requires_grad, memory format, pin_memory
-    properties = Instance(Named(_MODULE, "TensorProperties"), (Named("torch", spec.dtype.value), _LAYOUT, False, _MEMORY_FORMAT, False))
     chunk = Instance(Named(_MODULE, "ChunkStorageMetadata"), {"offsets": offset, "sizes": size})
-    return Instance(Named(_MODULE, "TensorStorageMetadata"), {"properties": properties, "size": size, "chunks": [chunk]})
+    return Instance(Named(_MODULE, "TensorStorageMetadata"), {"properties": _properties(spec.dtype), "size": size, "chunks": [chunk]})
 
 
 def _lay_out_file(

@@ -114,6 +114,8 @@ class _Emitter:
     out: bytearray = field(default_factory=lambda: bytearray(b"\x80\x02"))
     #: texts, and globals as (module, name), that were written before -> their place in the memo
     known: dict[str | tuple[str, str], int] = field(default_factory=dict)
+    #: what was called or made before, by its identity: the object, so that no other one gets it, and its place in the memo
+    objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     memoised: int = 0
     storages: dict[str, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)  # slot name -> storage key
@@ -183,15 +185,17 @@ class _Emitter:
             self.state_dict()
         elif isinstance(value, Named):
             self.reference(value.module, value.name)
+        elif isinstance(value, (Called, Instance)) and id(value) in self.objects:
+            self.fetch(self.objects[id(value)][1])
         elif isinstance(value, Called):
             self.value(value.function)
             self.pack_tuple(value.arguments)
             self.out += b"R"
-            self.put()
+            self.objects[id(value)] = value, self.put()
         elif isinstance(value, Instance):
             self.value(value.kind)
             self.out += b")\x81"
-            self.put()
+            self.objects[id(value)] = value, self.put()
             if value.state:
                 self.value(value.state)
                 self.out += b"b"
