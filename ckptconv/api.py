@@ -583,11 +583,13 @@ def _source_json(prepared: Prepared) -> dict[str, Any]:
 
 def _left_behind(prepared: Prepared, options: Options) -> dict[str, str]:
     """What the source holds beside the chosen state_dict, and is not written."""
-    found = {f"{prepared.source.container.path}: {name}": kind for name, kind in prepared.source.container.skipped.items()}
+    container = prepared.source.container
+    skipped = {} if options.keep_extras and container.path == "." else container.skipped  # these are the others, which are kept
+    found = {f"{container.path}: {name}": kind for name, kind in skipped.items()}
     found.update(prepared.source.contents.skipped)
     tree = prepared.source.contents.tree
-    if isinstance(tree, Mapping) and prepared.source.container.path != "." and not options.keep_extras:
-        head = prepared.source.container.path.split(".")[0]
+    if isinstance(tree, Mapping) and container.path != "." and not options.keep_extras:
+        head = container.path.split(".")[0]
         for key, value in tree.items():
             if str(key) != head and str(key) not in found:
                 found[str(key)] = type(value).__name__ if not hasattr(value, "name") else str(value.name)

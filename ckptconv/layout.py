@@ -139,9 +139,11 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
     """The source's own structure with the state_dict taken out, for an output that keeps a training checkpoint's other entries.
 
     Gives back the tree for the writer, the tensors that it carries by their slot names, and the paths of what cannot be written again
-    (objects of foreign classes, unsupported tensors). Raises :class:`~ckptconv.errors.Refusal` where the state_dict is the whole file.
+    (objects of foreign classes, unsupported tensors). A state_dict at the file's top stands in the tree under itself: its entries join the
+    others, which only the torch.distributed.checkpoint writer can do. Raises :class:`~ckptconv.errors.Refusal` where it is the whole file.
     """
-    if container.path == ".":
+    beside = entries_beside(contents.tree, container)
+    if container.path == "." and not beside:
         raise Refusal("the file holds nothing beside the state_dict", code="CK107", try_="leave --keep-extras out")
     kept: dict[str, Placed] = {}
     left_out: list[str] = []
@@ -165,7 +167,19 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
             return type(value)(walk(item, (*path, str(at))) for at, item in enumerate(value))
         return value
 
+    if container.path == ".":
+        return {**walk(beside, ()), Converted(): Converted()}, kept, left_out
     return walk(contents.tree, ()), kept, left_out
+
+
+def entries_beside(tree: Any, container: Container) -> dict[Any, Any]:
+    """What stands at a file's top and is no part of the state_dict there."""
+    if not isinstance(tree, Mapping):
+        return {}
+    names = [*container.tensors, *container.composites, *container.unsupported]
+    whole = set(names)
+    heads = {name.partition(".")[0] for name in names if name not in tree}
+    return {key: value for key, value in tree.items() if str(key) not in whole and str(key) not in heads}
 
 
 def _gone(value: Any, path: tuple[str, ...], left_out: list[str]) -> bool:

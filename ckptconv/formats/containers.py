@@ -71,7 +71,9 @@ def with_top(contents: Contents) -> Contents:
     if not top or "." in found or (others and not any("." in str(key) for key in top)):
         return contents
     times = allowance(sum(path.stat().st_size for path in contents.files))
-    return replace(contents, containers={".": _from_dict(top, ".", MAX_NAMES * times), **found})
+    beside = {str(key): value.name if isinstance(value, Foreign) else type(value).__name__ for key, value in tree.items() if key not in top}
+    container = _from_dict(top, ".", MAX_NAMES * times)
+    return replace(contents, containers={".": replace(container, skipped=beside), **found})
 
 
 def check_tree(tree: Any, times: int = 1) -> None:

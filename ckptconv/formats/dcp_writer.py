@@ -193,7 +193,8 @@ def _walk(value: Any, path: Path, manifest: Manifest) -> Iterator[_Entry]:
             yield _Entry((*path, name), Kept(aliases.get(name, name), spec), name)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _walk(item, (*path, str(key)), manifest)
+            # A state_dict under itself stands among the others.
+            yield from _walk(item, path if isinstance(key, Converted) else (*path, str(key)), manifest)
     elif isinstance(value, list) and not _is_leaf(value):
         for at, item in enumerate(value):
             yield from _walk(item, (*path, at), manifest)

@@ -23,7 +23,17 @@ from ckptconv.execute.ranges import phases_of
 from ckptconv.execute.sources import Sources
 from ckptconv.execute.staging import Staging, refuse_overlap
 from ckptconv.formats.base import Placed
-from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, not_written_here, parse_size, renamed_versions, written_like
+from ckptconv.layout import (
+    FORMAT_OF_SUFFIX,
+    Layout,
+    carried_tree,
+    entries_beside,
+    lay_out,
+    not_written_here,
+    parse_size,
+    renamed_versions,
+    written_like,
+)
 from ckptconv.names import collapse
 from ckptconv.plan import Read, reads
 from ckptconv.stage.preparing import Options, Prepared
@@ -195,6 +205,11 @@ def _laid_out(prepared: Prepared, shape: Shape, options: Options) -> tuple[Layou
     if options.keep_extras:
         if shape.format != "dcp" and (shape.format != "torch" or shape.is_folder):
             raise UsageError(Problem("CK107", "--keep-extras needs a single .pth output, or --format dcp: safetensors holds tensors only"))
+        if shape.format != "dcp" and source.container.path == "." and entries_beside(source.contents.tree, source.container):
+            what = "the state_dict stands at the file's top, among the other entries; only --format dcp keeps them so"
+            raise UsageError(
+                Problem("CK107", what, where=printable(source.path), try_="--format dcp and a folder, or leave --keep-extras out")
+            )
         try:
             tree, kept, left_out = carried_tree(source.contents, source.container)
         except Refusal as refusal:

@@ -150,6 +150,35 @@ def test_a_training_checkpoint_keeps_its_optimizer(tmp_path):
     assert torch.equal(last["rng"][0], normal(2))
 
 
+def test_weights_at_the_top_keep_what_stands_beside_them(tmp_path, cli):
+    """As torchtitan saves: the model's names at the top, and dicts of other things."""
+    weights = {"layers.0.weight": normal(3, 2), "norm.weight": normal(3)}
+    state = {
+        **weights,
+        "optimizer": {"state.norm.weight.exp_avg": normal(3, seed=1), "param_groups.norm.weight.lr": 0.5},
+        "train_state": {"step": 4},
+    }
+    dcp.save(state, checkpoint_id=tmp_path / "in", no_dist=True)
+    (tmp_path / "r.yaml").write_text(
+        '{"version": 1, "name": "r", "summary": "t", "steps": [{"rename": {"layers.{i:int}.{p}": "blocks.{i}.{p}"}}]}'
+    )
+    said = cli("run", "r.yaml", "in", "plain", cwd=tmp_path)
+    assert said.code == 0
+    assert "left behind: .: optimizer (dict)" in said.out
+    assert whole(tmp_path / "plain", tmp_path).keys() == {"blocks.0.weight", "norm.weight"}
+    refused = cli("run", "r.yaml", "in", "out.pth", "--keep-extras", cwd=tmp_path)
+    assert refused.code == 2
+    assert "only --format dcp keeps them so" in refused.err
+    said = cli("run", "r.yaml", "in", "out", "--keep-extras", cwd=tmp_path)
+    assert said.code == 0
+    assert "left behind" not in said.out
+    found = whole(tmp_path / "out", tmp_path)
+    assert torch.equal(found["blocks.0.weight"], weights["layers.0.weight"])
+    assert torch.equal(found["optimizer"]["state.norm.weight.exp_avg"], normal(3, seed=1))
+    assert (found["optimizer"]["param_groups.norm.weight.lr"], found["train_state"]["step"]) == (0.5, 4)
+    assert found.keys() == {"blocks.0.weight", "norm.weight", "optimizer", "train_state"}
+
+
 def test_lists_are_taken_apart_where_torch_does_it():
     tree = {"model": Converted(), "a": [[1, 2], 3], "b": [{"x": 1}, Kept("::m", TensorSpec((2,), DType.int8))], "c": [], "d": {}}
     layout = WRITER.lay_out("f", Manifest({"w": TensorSpec((3,), DType.int8)}), metadata={}, tree=tree)
