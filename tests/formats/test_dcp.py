@@ -1,5 +1,6 @@
 """Folders of torch.distributed.checkpoint that we write, as torch's own readers see them; and real ones of other layouts, as we see them."""
 
+import pickle
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from ckptconv.formats.base import Converted, Kept
 from ckptconv.formats.dcp_writer import WRITER
 from ckptconv.ruleset.model import parse
 from ckptconv.spec import DType, Manifest, TensorSpec
+from ckptconv.target.distributed import mapped_state
 
 
 def rules(*steps, **header):
@@ -207,19 +209,28 @@ def test_what_is_no_folder_is_refused(tmp_path, cli):
     assert_equal(whole(tmp_path / "step.100", tmp_path), {"w": normal(2)})
 
 
-def test_the_written_folder_is_loaded_strictly_by_torch_and_its_pickle_is_not_run(tmp_path, cli):
+def test_the_written_folder_is_loaded_strictly(tmp_path, cli):
     (tmp_path / "small_dcp.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 3)\n")
     torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "in.pth")
     said = cli("run", "plain-tensors", "in.pth", "out", "--format", "dcp", "--target", "py:small_dcp:make", cwd=tmp_path)
     assert "L2 ok     strict load" in said.out
     assert cli("verify", "out", "--target", "py:small_dcp:make", cwd=tmp_path).code == 0
-    # An object that our own machine leaves out, and that an unpickler of torch's would make: it is not on the list.
+
+
+def test_torch_s_metadata_and_the_archives_must_agree_and_nothing_of_it_is_run(tmp_path):
+    torch.save({"a.w": normal(2)}, tmp_path / "in.pth")
+    ckptconv.run("plain-tensors", tmp_path / "in.pth", tmp_path / "out", format="dcp")
+    assert_equal(mapped_state(tmp_path / "out", "."), {"a.w": normal(2)})
     raw = (tmp_path / "out" / ".metadata").read_bytes()
+    (tmp_path / "out" / ".metadata").write_bytes(raw.replace(b"ctorch\nfloat32\n", b"ctorch\nfloat64\n"))
+    with pytest.raises(ValueError, match=r"a\.w is torch\.float32 \[2\], and its metadata says otherwise"):
+        mapped_state(tmp_path / "out", ".")
+    # An object that our own machine leaves out, and that an unpickler of torch's would make: it is not on the list.
     at = raw.index(b"N", raw.index(b"storage_meta"))
     (tmp_path / "out" / ".metadata").write_bytes(raw[:at] + b"cargparse\nNamespace\n)R" + raw[at + 1 :])
-    refused = cli("verify", "out", "--target", "py:small_dcp:make", cwd=tmp_path)
-    assert refused.code == 4
-    assert ".metadata asks for argparse.Namespace" in refused.err + refused.out
+    assert list(formats.read(tmp_path / "out").containers["."].tensors) == ["a.w"]
+    with pytest.raises(pickle.UnpicklingError, match=r"\.metadata asks for argparse\.Namespace"):
+        mapped_state(tmp_path / "out", ".")
 
 
 def test_torch_itself_reads_the_metadata_as_its_own(tmp_path):

@@ -130,6 +130,16 @@ def test_what_torch_writes_in_hugging_face_style_is_read(full, tmp_path):
     assert_equal(converted(tmp_path / "hf", tmp_path), full[0])
 
 
+def test_the_names_of_a_file_that_torch_wrote_may_change(tmp_path):
+    """torch looks up every name of a file in the offsets that the file's metadata holds: the old ones must not come along."""
+    dcp.save({"w": torch.ones(2)}, storage_writer=HuggingFaceStorageWriter(tmp_path / "hf"), no_dist=True)
+    (tmp_path / "r.yaml").write_text('{"version": 1, "name": "r", "summary": "t", "steps": [{"rename": {"w": "model.w"}}]}')
+    ckptconv.run(tmp_path / "r.yaml", tmp_path / "hf", tmp_path / "out")
+    state = {"model.w": torch.zeros(2)}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(tmp_path / "out"), no_dist=True)
+    assert torch.equal(state["model.w"], torch.ones(2))
+
+
 @pytest.mark.parametrize(
     "text", ["[", '{"w": 1}', '{"w": {"saved_offsets": [-1, 0]}}', '{"w": {"saved_offsets": [0.5]}}', '{"w": {"saved_offsets": [true]}}']
 )
