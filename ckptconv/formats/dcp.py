@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from ckptconv.spec import Box
 
 METADATA = ".metadata"
 MAX_VALUES = 50_000  #: entries that are no tensors and are looked into (docs/limits.md); it grows with the checkpoint
+MAX_OPEN = 16  #: files at a time
 _CHUNK = "torch.distributed.checkpoint.metadata.ChunkStorageMetadata"
 
 
@@ -67,8 +68,7 @@ def read(folder: Path) -> Contents:
     flat: dict[str, Any] = {}
     own: dict[str, str] = {}
     values, nbytes, unread = 0, 0, 0
-    with ExitStack() as stack:
-        files = _Files(folder, {name: (at, stack.enter_context(opened(folder / name))) for at, name in enumerate(names)}, own)
+    with closing(_Files(folder, {name: at for at, name in enumerate(names)}, own)) as files:
         for name, entry in entries.items():
             if not isinstance(name, str):
                 raise _bad("a tensor without a name", printable(name))
@@ -90,20 +90,37 @@ def read(folder: Path) -> Contents:
 
 @dataclass(frozen=True)
 class _Files:
-    """The open data files, by name: number and descriptor."""
+    """The data files by name and number; a few of them are open, for there may be one from each of a thousand ranks."""
 
     folder: Path
-    opened: Mapping[str, tuple[int, int]]
+    numbers: Mapping[str, int]
     metadata: dict[str, str]  #: what ckptconv wrote about itself, as it is found
     known: dict[_Place, Any] = field(default_factory=dict)
+    stacks: dict[str, ExitStack] = field(default_factory=dict)  #: of the open files, the longest open first
+    descriptors: dict[str, int] = field(default_factory=dict)
 
     def object_at(self, place: _Place) -> Any:
         """What lies there. However many names ask for it, it is read once, and is one tensor."""
         if place not in self.known:
-            at, descriptor = self.opened[place.file]
-            self.known[place], own = read_embedded(self.folder / place.file, descriptor, at, place.offset, place.nbytes)
+            descriptor, number = self._descriptor(place.file), self.numbers[place.file]
+            self.known[place], own = read_embedded(self.folder / place.file, descriptor, number, place.offset, place.nbytes)
             self.metadata.update(own)
         return self.known[place]
+
+    def _descriptor(self, name: str) -> int:
+        if name not in self.descriptors:
+            if len(self.stacks) >= MAX_OPEN:
+                oldest = next(iter(self.stacks))
+                del self.descriptors[oldest]
+                self.stacks.pop(oldest).close()
+            stack = self.stacks[name] = ExitStack()
+            self.descriptors[name] = stack.enter_context(opened(self.folder / name))
+        return self.descriptors[name]
+
+    def close(self) -> None:
+        """Closes what is open."""
+        for stack in self.stacks.values():
+            stack.close()
 
 
 def _no_storage(kind: str, key: str, count: int, view: Any) -> Any:  # noqa: ARG001  (the signature of a resolver)

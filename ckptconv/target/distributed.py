@@ -7,7 +7,6 @@ import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,27 +56,31 @@ def mapped_state(folder: Path, container: str) -> OrderedDict[str, Tensor]:
     found = contents.containers[container]
     prefix = "" if container == "." else container + "."
     state: OrderedDict[str, Tensor] = OrderedDict()
-    with ExitStack() as stack:
-        files = {path.name: stack.enter_context(path.open("rb")) for path in contents.files}
-        maps = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for file in files.values()]
-        everything: dict[str, Placed | Composite] = {**found.tensors, **found.composites}
-        for name, stored in everything.items():
-            described = metadata.state_dict_metadata[prefix + name]
-            pieces = list(_pieces(stored))
-            for box, placed in pieces:
-                place = metadata.storage_data[MetadataIndex(prefix + name, box.start)]
-                archive = _create_file_view(files[place.relative_path], place.offset, place.length)
+    maps = [_map(path) for path in contents.files]
+    everything: dict[str, Placed | Composite] = {**found.tensors, **found.composites}
+    for name, stored in everything.items():
+        described = metadata.state_dict_metadata[prefix + name]
+        pieces = list(_pieces(stored))
+        for box, placed in pieces:
+            place = metadata.storage_data[MetadataIndex(prefix + name, box.start)]
+            with (folder / place.relative_path).open("rb") as file:
+                archive = _create_file_view(file, place.offset, place.length)
                 opened = torch.load(archive, map_location="meta", weights_only=True)  # type: ignore[arg-type]  # as torch itself calls it
-                if tuple(opened.shape) != placed.spec.shape or opened.dtype != described.properties.dtype:
-                    raise ValueError(f"{name} is {opened.dtype} {list(opened.shape)}, and its metadata says otherwise")
-            if len(pieces) == 1 and pieces[0][1].spec.shape == tuple(described.size):
-                state[name] = _mapped(maps, pieces[0][1])
-                continue
-            whole = state[name] = torch.empty(described.size, dtype=described.properties.dtype)
-            for box, placed in pieces:
-                spans = tuple(slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))
-                whole[spans] = _mapped(maps, placed)
+            if tuple(opened.shape) != placed.spec.shape or opened.dtype != described.properties.dtype:
+                raise ValueError(f"{name} is {opened.dtype} {list(opened.shape)}, and its metadata says otherwise")
+        if len(pieces) == 1 and pieces[0][1].spec.shape == tuple(described.size):
+            state[name] = _mapped(maps, pieces[0][1])
+            continue
+        whole = state[name] = torch.empty(described.size, dtype=described.properties.dtype)
+        for box, placed in pieces:
+            spans = tuple(slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))
+            whole[spans] = _mapped(maps, placed)
     return state
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _pieces(stored: Placed | Composite) -> Iterable[tuple[Box, Placed]]:

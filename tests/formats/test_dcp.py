@@ -1,6 +1,8 @@
 """Folders of torch.distributed.checkpoint that we write, as torch's own readers see them; and real ones of other layouts, as we see them."""
 
+import os
 import pickle
+import resource
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -280,6 +282,22 @@ def test_one_archive_of_many_names_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(formats.dcp, "read_embedded", lambda *given: calls.append(given) or read(*given))
     assert len(formats.read(tmp_path / "out").containers["."].tensors) == 10
     assert len(calls) == 2
+
+
+def test_a_file_from_each_of_many_ranks(tmp_path):
+    """More of them than files may be open at a time."""
+    weights = {f"layers.{at}.w": normal(2, seed=at) for at in range(60)}
+    torch.save(weights, tmp_path / "in.pth")
+    ckptconv.run("plain-tensors", tmp_path / "in.pth", tmp_path / "out", format="dcp", shard_size="8B")
+    assert len(list((tmp_path / "out").glob("*.distcp"))) == 60
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        contents = formats.read(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert list(contents.containers["."].tensors) == list(weights)
+    assert_equal(mapped_state(tmp_path / "out", "."), weights)
 
 
 def test_companions_come_along(tmp_path):

@@ -145,7 +145,23 @@ def test_a_rename_keeps_what_is_shared_and_copies_the_rest(tmp_path):
 
 
 RANK = "{}zero_pp_rank_{}_mp_rank_00_{}.pt"
+
+
+def other(**changes):
+    """Makes one rank's optimizer file say something else than the others."""
+
+    def spoil(step):
+        path = step / RANK.format("", 1, "optim_states")
+        whole = torch.load(path, weights_only=False)
+        whole["optimizer_state_dict"] |= changes
+        torch.save(whole, path)
+
+    return spoil
+
+
 REFUSED = [
+    ("a rank of another run", 2, {}, other(partition_count=[2, 2]), "do not belong together"),
+    ("a rank of another stage", 2, {}, other(zero_stage=1), "do not belong together"),
     ("a rank is missing", 2, {}, lambda step: (step / RANK.format("", 1, "optim_states")).unlink(), "are missing, or there twice"),
     ("the last rank is missing", 2, {}, lambda step: (step / RANK.format("", 2, "optim_states")).unlink(), "files of ranks are missing"),
     ("the last rank of stage 3", 3, {}, lambda step: (step / RANK.format("", 2, "optim_states")).unlink(), "files of ranks are missing"),
