@@ -13,7 +13,7 @@ from ckptconv.formats.base import Composite, Container, Contents, Placed
 from ckptconv.formats.chunks import joined
 from ckptconv.formats.joining import plain_files, shifted
 from ckptconv.formats.safetensors import SHARE, read_share
-from ckptconv.formats.sharded import beside
+from ckptconv.formats.sharded import beside, confined
 from ckptconv.spec import Box
 
 
@@ -40,9 +40,7 @@ def read(folder: Path, names: list[str]) -> Contents:
     pieces: dict[str, dict[Box, Placed]] = {}
     unsupported: dict[str, str] = {}
     for number, name in enumerate(names):
-        if (folder / name).is_symlink():
-            raise _bad("a rank's file is no plain file of the folder", printable(name))
-        contents, starts = read_share(folder / name)
+        contents, starts = read_share(confined(folder, name))
         share = shifted(contents.containers["."], number)
         unsupported |= share.unsupported
         for tensor, placed in share.tensors.items():

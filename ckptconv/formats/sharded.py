@@ -119,7 +119,7 @@ def _is_model(name: str, format: str) -> bool:  # noqa: A002
 
 def _read_index_file(folder: Path, name: str) -> tuple[dict[str, str], float | None]:
     """Tensor name -> shard file name, and the size that the index gives."""
-    with opened(_confined(folder, name)) as descriptor:
+    with opened(confined(folder, name)) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > MAX_INDEX:
             raise _refused(f"the index is larger than {MAX_INDEX:,} bytes", found=f"{size:,} bytes")
@@ -144,7 +144,7 @@ def _plain(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not any(ch in name for ch in "/\\:")
 
 
-def _confined(folder: Path, name: str) -> Path:
+def confined(folder: Path, name: str) -> Path:
     """The path of one of the folder's files. Raises where it is missing, not a regular file, or a link that leads out."""
     home = folder.resolve()
     try:
@@ -176,7 +176,7 @@ def _read_shard(folder: Path, name: str) -> Contents:
     """One file of the folder. What is wrong with it is said with its name in front."""
     from ckptconv.formats import READERS, kind_of  # the table of formats imports this module
 
-    path = _confined(folder, name)
+    path = confined(folder, name)
     try:
         return READERS[kind_of(path)](path)
     except Refusal as refusal:
@@ -243,7 +243,7 @@ def _is_companion(folder: Path, name: str) -> bool:
     if name.endswith(_OTHER_WEIGHTS) or any(name.endswith(suffixes) for suffixes in SUFFIXES.values()):
         return False
     try:
-        _confined(folder, name)
+        confined(folder, name)
     except Refusal:
         return False
     return True

@@ -163,6 +163,16 @@ def shares(folder, *parts):
     return folder
 
 
+def test_a_share_that_leads_out_of_the_folder_is_refused(tmp_path):
+    folder = shares(tmp_path / "in", ("w", torch.ones(2, 3), [0, 0]), ("w", torch.ones(1, 3), [2, 0]))
+    assert str(ckptconv.plan("plain-tensors", folder).plan.manifest["w"]) == "[3, 3] float32"
+    second = folder / "shard-00002-model-00001-of-00001.safetensors"
+    second.rename(tmp_path / "elsewhere")
+    second.symlink_to("../elsewhere")
+    with pytest.raises(Refusal, match="a link leads out of the folder"):
+        formats.read(folder)
+
+
 @pytest.mark.parametrize(("second", "start", "what"), [
     (torch.ones(2, 3), [1, 0], "the chunks of w overlap"),
     (torch.ones(2, 3), [3, 0], "the chunks of w do not make it up"),
