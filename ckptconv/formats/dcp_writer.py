@@ -221,6 +221,6 @@ def _grouped(entries: Sequence[_Entry], manifest: Manifest) -> list[tuple[_Entry
 
 def _part(manifest: Manifest, groups: Sequence[tuple[_Entry, ...]]) -> Manifest:
     """What of the manifest these groups hold."""
-    names = {entry.name for group in groups for entry in group if entry.name}
-    tensors = {name: spec for name, spec in manifest.tensors.items() if name in names}
-    return Manifest(tensors, tuple(group for group in manifest.ties if group[0] in names), manifest.buffers & names)
+    held = sorted((entry.at, entry.name) for group in groups for entry in group if entry.name)
+    tensors = {name: manifest[name] for _, name in held}
+    return Manifest(tensors, tuple(group for group in manifest.ties if group[0] in tensors), manifest.buffers & tensors.keys())
