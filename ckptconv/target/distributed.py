@@ -7,7 +7,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ckptconv.formats import dcp
@@ -25,8 +25,8 @@ _NAMES = frozenset({
         "_MEM_FORMAT_ENCODING",
     )),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
 })  # fmt: skip
+_PATHS = ("pathlib", "pathlib._local")  #: the second is what Python 3.13 calls it
 
 
 class _Listed(pickle.Unpickler):
@@ -37,6 +37,8 @@ class _Listed(pickle.Unpickler):
 
         if (module, name) in _NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
+        if module in _PATHS and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where it was saved: on another system, maybe
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}")
 
 

@@ -235,6 +235,20 @@ def test_torch_s_metadata_and_the_archives_must_agree_and_nothing_of_it_is_run(t
         mapped_state(tmp_path / "out", ".")
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_where_a_checkpoint_was_saved_is_no_attack(tmp_path, module):
+    """torch notes the path; Python 3.13 has another name for its class."""
+    dcp.save({"a.w": normal(2)}, checkpoint_id=tmp_path / "in", no_dist=True)
+    path = tmp_path / "in" / ".metadata"
+    metadata = dcp.FileSystemReader(tmp_path / "in").read_metadata()
+    metadata.storage_meta.checkpoint_id = Path("/home/me")
+    raw = pickle.dumps(metadata, protocol=2)
+    path.write_bytes(raw.replace(b"cpathlib\nPosixPath\n", f"c{module}\nPosixPath\n".encode()))
+    assert module.encode() in path.read_bytes()
+    assert list(formats.read(tmp_path / "in").containers["."].tensors) == ["a.w"]
+    assert_equal(mapped_state(tmp_path / "in", "."), {"a.w": normal(2)})
+
+
 def test_torch_itself_reads_the_metadata_as_its_own(tmp_path):
     """Field by field what torch writes for the same state_dict, but for where things lie."""
     state = {"model": dict(Small().state_dict()), "step": 3}
