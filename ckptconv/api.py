@@ -371,6 +371,7 @@ def verify(
     """
     from ckptconv import formats, target
     from ckptconv.compare import compare
+    from ckptconv.layout import written_like
     from ckptconv.plan import as_it_is
     from ckptconv.report.model import RunReport
     from ckptconv.stage.opening import open_source, rule_file
@@ -388,7 +389,7 @@ def verify(
         raise UsageError(Problem("CK107", "verify needs a --target, or --against with --rules"))
     chosen = Options(**{**options, "target": target_word, "verify": level})
     written = open_source(path, chosen.select if against is None else ())
-    kind = "safetensors" if written.contents.format == "safetensors" else "torch"
+    kind = written_like(written.contents)
     meter = Meter(progress or (lambda _stage, _done, _total: None), written.manifest.nbytes)
     bare = Evidence(
         written.files,
@@ -723,11 +724,13 @@ def _source_json(prepared: Prepared) -> dict[str, Any]:
 
 def _left_behind(prepared: Prepared, options: Options) -> dict[str, str]:
     """What the source holds beside the chosen state_dict, and is not written."""
-    found = {f"{prepared.source.container.path}: {name}": kind for name, kind in prepared.source.container.skipped.items()}
+    container = prepared.source.container
+    skipped = {} if options.keep_extras and container.path == "." else container.skipped  # these are the others, which are kept
+    found = {f"{container.path}: {name}": kind for name, kind in skipped.items()}
     found.update(prepared.source.contents.skipped)
     tree = prepared.source.contents.tree
-    if isinstance(tree, Mapping) and prepared.source.container.path != "." and not options.keep_extras:
-        head = prepared.source.container.path.split(".")[0]
+    if isinstance(tree, Mapping) and container.path != "." and not options.keep_extras:
+        head = container.path.split(".")[0]
         for key, value in tree.items():
             if str(key) != head and str(key) not in found:
                 found[str(key)] = type(value).__name__ if not hasattr(value, "name") else str(value.name)

@@ -14,15 +14,13 @@ from typing import Any
 from ckptconv import formats
 from ckptconv.errors import InputError, Problem, Refusal, UsageError, printable
 from ckptconv.formats.base import Composite, Container, Contents, Converted, FileLayout, Foreign, Kept, Placed, Unsupported, Writer
-from ckptconv.formats.sharded import index_json, plan_shards
 from ckptconv.spec import Manifest
 
 #: What an output file's name says about its format. Inputs are told by their bytes; outputs have none yet.
 FORMAT_OF_SUFFIX: Mapping[str, str] = {
     ".safetensors": "safetensors", ".pth": "torch", ".pt": "torch", ".bin": "torch", ".ckpt": "torch", ".th": "torch", ".tar": "torch",
 }  # fmt: skip
-_STEMS: Mapping[str, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}
-_WRITTEN = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_WRITTEN = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|__\d+_\d+\.distcp|\.metadata")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 MAX_TREE_DEPTH = 64
 
@@ -38,6 +36,11 @@ class Layout:
     @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
+
+
+def written_like(contents: Contents) -> str:
+    """The format of an output that is to be like its source."""
+    return {"safetensors": "safetensors", "torch-distributed": "dcp"}.get(contents.format, "torch")
 
 
 def parse_size(text: str) -> int:
@@ -96,12 +99,8 @@ def _lay_out(
 ) -> Layout:  # fmt: skip
     if not is_folder:
         return Layout((writer.lay_out(destination.name, manifest, **options),), is_folder=False)
-    stem, suffix = _STEMS[writer.name]
-    shards = plan_shards(manifest, writer.name, shard_nbytes, stem, together)
-    files = tuple(writer.lay_out(name, part, **options) for name, part in shards)
-    if len(shards) < 2:
-        return Layout(files, is_folder=True)
-    return Layout(files, is_folder=True, index=(f"{stem}{suffix}.index.json", index_json(shards, manifest.nbytes)))
+    files, index = writer.lay_out_folder(manifest, shard_nbytes, together, **options)
+    return Layout(files, is_folder=True, index=index)
 
 
 def not_written_here(folders: Iterable[str], files: Iterable[str]) -> str:
@@ -109,6 +108,8 @@ def not_written_here(folders: Iterable[str], files: Iterable[str]) -> str:
 
     >>> not_written_here([], ["config.json", "model-00001-of-00002.safetensors"]), not_written_here([".git"], ["model.safetensors"])
     ('', '.git')
+    >>> not_written_here([], [".metadata", "__0_0.distcp"])
+    ''
     >>> not_written_here([], ["model.safetensors", "resnet50.pth"]), not_written_here([], ["thesis.tex"])
     ('resnet50.pth', 'thesis.tex')
     """
@@ -142,9 +143,11 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
     """The source's own structure with the state_dict taken out, for an output that keeps a training checkpoint's other entries.
 
     Gives back the tree for the writer, the tensors that it carries by their slot names, and the paths of what cannot be written again
-    (objects of foreign classes, unsupported tensors). Raises :class:`~ckptconv.errors.Refusal` where the state_dict is the whole file.
+    (objects of foreign classes, unsupported tensors). A state_dict at the file's top stands in the tree under itself: its entries join the
+    others, which only the torch.distributed.checkpoint writer can do. Raises :class:`~ckptconv.errors.Refusal` where it is the whole file.
     """
-    if container.path == ".":
+    beside = entries_beside(contents.tree, container)
+    if container.path == "." and not beside:
         raise Refusal("the file holds nothing beside the state_dict", code="CK107", try_="leave --keep-extras out")
     kept: dict[str, Placed] = {}
     left_out: list[str] = []
@@ -168,7 +171,19 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
             return type(value)(walk(item, (*path, str(at))) for at, item in enumerate(value))
         return value
 
+    if container.path == ".":
+        return {**walk(beside, ()), Converted(): Converted()}, kept, left_out
     return walk(contents.tree, ()), kept, left_out
+
+
+def entries_beside(tree: Any, container: Container) -> dict[Any, Any]:
+    """What stands at a file's top and is no part of the state_dict there."""
+    if not isinstance(tree, Mapping):
+        return {}
+    names = [*container.tensors, *container.composites, *container.unsupported]
+    whole = set(names)
+    heads = {name.partition(".")[0] for name in names if name not in tree}
+    return {key: value for key, value in tree.items() if str(key) not in whole and str(key) not in heads}
 
 
 def _gone(value: Any, path: tuple[str, ...], left_out: list[str]) -> bool:

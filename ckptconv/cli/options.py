@@ -77,13 +77,18 @@ CONVERSION = options(
     ),
     SELECT,
     click.option(
-        "--format", "format_", type=click.Choice(["torch", "safetensors"]), help="of the output; else by DST's suffix, else as SRC"
+        "--format",
+        "format_",
+        type=click.Choice(["torch", "safetensors", "dcp"]),
+        help="of the output (dcp: a torch.distributed.checkpoint folder); else by DST's suffix, else as SRC",
     ),
     click.option("--shard-size", metavar="SIZE", help="largest file of a folder output  [default: 5GB]"),
     click.option(
         "--also", multiple=True, metavar="NAME=PATH", help="a further source; rules call its tensors NAME::tensor (adapter=lora/)"
     ),
-    click.option("--keep-extras", is_flag=True, help="keep a training checkpoint's other entries (epoch, optimizer, …); .pth output only"),
+    click.option(
+        "--keep-extras", is_flag=True, help="keep a training checkpoint's other entries (epoch, optimizer, …); .pth and dcp output only"
+    ),
     click.option("--untie", is_flag=True, help="write tied weights as separate tensors"),
     click.option("--reverse", is_flag=True, help="run the rules backwards: SRC is what they make, DST what they start from"),
     click.option("--like", metavar="OLD", help="with --reverse: a checkpoint, manifest or target with the names that DST must have"),

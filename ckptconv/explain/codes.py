@@ -202,7 +202,8 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "CK305": (
         "A tensor says that it lies where the file has no bytes, or it is of a kind that is not read.",
         "model.pth  [CK305]\n  a tensor reaches past the end of its storage",
-        ("damaged: fetch the file again", "an unknown kind: load and save it as a plain tensor where it was made"),
+        ("damaged: fetch the file again", "an unknown kind: load and save it as a plain tensor where it was made",
+         "one rank's part of a model (FSDP): save it on all ranks with torch.distributed.checkpoint"),
     ),
     "CK306": (
         "The container's lists contradict each other; reading one of them would be a guess.",

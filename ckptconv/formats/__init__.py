@@ -22,6 +22,7 @@ READERS: Mapping[str, Callable[[Path], Contents]] = Lazy({
 WRITERS: Mapping[str, Writer] = Lazy({
     "torch": "ckptconv.formats.torch_zip_writer:WRITER",
     "safetensors": "ckptconv.formats.safetensors:WRITER",
+    "dcp": "ckptconv.formats.dcp_writer:WRITER",
 })  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def read(path: Path, format: str | None = None) -> Contents:  # noqa: A002  (the
 
 def _read_folder(folder: Path, format: str | None) -> Contents:  # noqa: A002
     """A folder is told by what lies in it."""
-    from ckptconv.formats import dcp, deepspeed, ranks, sharded
+    from ckptconv.formats import dcp, deepspeed, rank_shards, ranks, sharded
 
     if (folder / dcp.METADATA).is_file():
         return dcp.read(folder)
@@ -53,4 +54,7 @@ def _read_folder(folder: Path, format: str | None) -> Contents:  # noqa: A002
     if step is not None:
         return deepspeed.read(step, read)
     parallel = ranks.found(folder)
-    return ranks.read(parallel, read) if parallel else sharded.read_folder(folder, format)
+    if parallel:
+        return ranks.read(parallel, read)
+    shares = rank_shards.found(folder) if format in (None, "safetensors") else []
+    return rank_shards.read(folder, shares) if shares else sharded.read_folder(folder, format)

@@ -7,7 +7,7 @@ before the first weight is read, so that anyone may fill any tensor's bytes, in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -207,6 +207,17 @@ class Writer(Protocol):
         ``tree`` is the structure to write around the state_dict: plain data with one :class:`Converted` in it, and :class:`Kept`
         tensors that get slots of their own. None: the state_dict is the whole file. ``phases`` says where in a page of 4,096 bytes the
         bytes of a tensor lie now: put at the like place, they can be shared with their source by a filesystem that does so.
+        """
+        ...
+
+    def lay_out_folder(
+        self, manifest: Manifest, shard_nbytes: int | None, together: Iterable[Sequence[str]] = (), **options: Any
+    ) -> tuple[tuple[FileLayout, ...], tuple[str, bytes] | None]:
+        """The files of a folder, each of at most ``shard_nbytes`` where no single tensor passes that; ``options`` as for :meth:`lay_out`.
+
+        The tensors of each group in ``together`` stay in one file where they fit into one.
+
+        With them the folder's index (file name and contents) where it has one: it is written last.
         """
         ...
 

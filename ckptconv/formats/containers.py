@@ -12,6 +12,7 @@ Everything below a state_dict belongs to it. An optimizer's state (``state`` and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ MAX_SKIPPED = 200
 #: Names that trainers give to the weights, the likeliest first; what is not here comes after, the largest first.
 KNOWN = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights", "generator",
          "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")  # fmt: skip
+_OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict")
 _CONTAINERS = (dict, list, tuple)
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
@@ -48,10 +50,30 @@ def contents_from_tree(
     check_tree(tree, times)
     found: dict[str, Container] = {}
     _search(tree, (), found, MAX_NAMES * times)
+    if not found and isinstance(tree, dict):  # all that there is may be of a kind that cannot be converted: then that is what to say
+        for key, node in ((".", tree), *tree.items()):
+            if isinstance(node, dict) and node and all(isinstance(value, Unsupported) for value in node.values()):
+                found[str(key)] = _from_dict(node, str(key), MAX_NAMES * times)
     ranked = sorted(found.values(), key=_rank)
     return Contents(
         format, files, {container.path: container for container in ranked}, tree, metadata or {}, dict(_strangers(tree)), warnings,
     )  # fmt: skip
+
+
+def with_top(contents: Contents) -> Contents:
+    """``contents`` with the tensors at the file's top as a state_dict of their own, where they are one beside nested dicts.
+
+    ``{"layers.0.weight": tensor, "optimizer": {…}}`` has one; ``{"model": {…}, "loss": tensor}`` has not.
+    """
+    tree, found = contents.tree, contents.containers
+    top = {key: value for key, value in tree.items() if _is_tensor(value)}
+    others = {path for path in found if path.partition(".")[0] not in _OPTIMIZERS}
+    if not top or "." in found or (others and not any("." in str(key) for key in top)):
+        return contents
+    times = allowance(sum(path.stat().st_size for path in contents.files))
+    beside = {str(key): value.name if isinstance(value, Foreign) else type(value).__name__ for key, value in tree.items() if key not in top}
+    container = _from_dict(top, ".", MAX_NAMES * times)
+    return replace(contents, containers={".": replace(container, skipped=beside), **found})
 
 
 def check_tree(tree: Any, times: int = 1) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.formats import fsdp
 from ckptconv.formats.base import Composite, Foreign, Keyed, Placed, Unsupported
 from ckptconv.formats.rebuilding import DICTS, KNOWN, Global, Ordered, StorageRef, malformed
 from ckptconv.formats.strangers import refused_reason
@@ -257,6 +258,8 @@ class _Machine:
         if type(module) is not str or type(name) is not str or not module or not name or len(module) + len(name) > 1000:
             raise malformed("a global without a proper name", self.at)
         reason = refused_reason(module, name)
+        if reason and name == "getattr" and any(each.name == fsdp.SHARDED_TENSOR for each in self.globals.values()):
+            raise fsdp.sharded_tensors(self.at)  # refused like anything else that is to be called, but it is no attack
         if reason:
             raise Refusal(
                 f"the file asks for {printable(module)}.{printable(name)}, which {reason}; nothing of it was run", code="CK303",

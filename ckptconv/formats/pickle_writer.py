@@ -1,4 +1,4 @@
-"""The pickle inside a torch file, emitted by hand: the opcodes that torch's own ``state_dict`` pickles consist of, protocol 2.
+"""The pickles of torch, emitted by hand: the opcodes that its own ``state_dict`` pickles consist of, protocol 2.
 
 Nothing is imported and nothing is called to write it, so no torch is needed. The bytes are those that ``torch.save`` gives for the
 same objects. Format: https://docs.python.org/3/library/pickletools.html and ``torch/_utils.py``.
@@ -33,6 +33,50 @@ def emit(tree: Any, manifest: Manifest, module_versions: Mapping[str, Mapping[st
     if emitter.converted != 1:
         raise ValueError(f"the tree holds {emitter.converted} places for the state_dict, not one")
     return bytes(emitter.out + b"."), emitter.storages
+
+
+def emit_value(value: Any) -> tuple[bytes, dict[str, int]]:
+    """The pickle of plain data, and the storages of the :class:`~ckptconv.formats.base.Kept` tensors in it, as :func:`emit` gives them.
+
+    >>> emit_value({"lr": 0.5})[0]
+    b'\\x80\\x02}q\\x00X\\x02\\x00\\x00\\x00lrq\\x01G?\\xe0\\x00\\x00\\x00\\x00\\x00\\x00s.'
+    """
+    emitter = _Emitter(Manifest({}), {})
+    emitter.value(value)
+    if emitter.converted:
+        raise ValueError("a value with a place for the state_dict in it")
+    return bytes(emitter.out + b"."), emitter.storages
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Something that a module holds under this name: ``torch.float32``."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """What calling ``function`` with ``arguments`` gives."""
+
+    function: Named
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """An object of the class ``kind`` that is given ``state``; its ``__init__`` is not called."""
+
+    kind: Named
+    state: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A dict whose keys may be objects."""
+
+    items: Sequence[tuple[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +114,8 @@ class _Emitter:
     out: bytearray = field(default_factory=lambda: bytearray(b"\x80\x02"))
     #: texts, and globals as (module, name), that were written before -> their place in the memo
     known: dict[str | tuple[str, str], int] = field(default_factory=dict)
+    #: what was called or made before, by its identity: the object, so that no other one gets it, and its place in the memo
+    objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     memoised: int = 0
     storages: dict[str, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)  # slot name -> storage key
@@ -137,6 +183,26 @@ class _Emitter:
         elif isinstance(value, Converted):
             self.converted += 1
             self.state_dict()
+        elif isinstance(value, Named):
+            self.reference(value.module, value.name)
+        elif isinstance(value, (Called, Instance)) and id(value) in self.objects:
+            self.fetch(self.objects[id(value)][1])
+        elif isinstance(value, Called):
+            self.value(value.function)
+            self.pack_tuple(value.arguments)
+            self.out += b"R"
+            self.objects[id(value)] = value, self.put()
+        elif isinstance(value, Instance):
+            self.value(value.kind)
+            self.out += b")\x81"
+            self.objects[id(value)] = value, self.put()
+            if value.state:
+                self.value(value.state)
+                self.out += b"b"
+        elif isinstance(value, Pairs):
+            self.out += b"}"
+            self.put()
+            self.items(value.items, len(value.items))
         else:
             raise ValueError(f"{type(value).__name__} is not plain data")
 

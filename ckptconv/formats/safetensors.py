@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Container, Contents, Converted, FileLayout, Placed, Slot, Storage
+from ckptconv.formats.sharded import Folder, lay_out_folder
 from ckptconv.formats.strict import allowance, opened, parse_json, read_at
 from ckptconv.names import unusable
 from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, Manifest, TensorSpec, contiguous_strides
@@ -42,6 +44,8 @@ CODE_DTYPES: Mapping[str, DType] = MappingProxyType({
 DTYPE_CODES: Mapping[DType, str] = MappingProxyType({dtype: code for code, dtype in CODE_DTYPES.items()})
 #: Bits of one element as the header counts them: its F4 is one number, torch's is a pair.
 _BITS: Mapping[str, int] = {code: dtype.bits for code, dtype in CODE_DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_SHARES = "DCP_SHARDING_INFO"
+SHARE = re.compile(r"shard-([0-9]{5,})-model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")  #: one rank's file, as torch calls it
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
@@ -64,9 +68,18 @@ def max_header(nbytes: int) -> int:
 def read(path: Path) -> Contents:
     """The tensors of a safetensors file, in the header's order, in one container ``.``.
 
-    Raises :class:`~ckptconv.errors.Refusal`: CK302 for a file that is cut off, CK307 for a header that breaks a rule; ``OSError`` when
-    the file cannot be opened.
+    Raises :class:`~ckptconv.errors.Refusal`: CK302 for a file that is cut off, CK307 for a header that breaks a rule, CK308 for a file
+    with one rank's parts of larger tensors; ``OSError`` when the file cannot be opened.
     """
+    contents, starts = read_share(path)
+    if any(map(any, starts.values())) or (starts and SHARE.fullmatch(path.name)):
+        raise Refusal("the file holds one rank's parts of larger tensors", code="CK308", found=printable(path.name),
+                      try_="name the folder, with the files of all ranks")  # fmt: skip
+    return contents
+
+
+def read_share(path: Path) -> tuple[Contents, dict[str, tuple[int, ...]]]:
+    """As :func:`read`, of a file that may hold parts: with it, where in the whole tensor each begins, if the file says so."""
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size < 8:
@@ -85,8 +98,22 @@ def read(path: Path) -> Contents:
     aliases = {key: kept for key, kept in metadata.items() if _is_alias(key, kept, tensors) and key not in unsupported}
     tensors |= {alias: tensors[kept] for alias, kept in aliases.items()}
     container = Container(".", tensors, unsupported=unsupported)
-    own = {key: value for key, value in metadata.items() if key not in aliases}
-    return Contents("safetensors", (path,), {".": container}, tree=dict(tensors), metadata=own, warnings=warnings)
+    # Where the parts lie is no longer true of what is made from them; torch would believe it.
+    own = {key: value for key, value in metadata.items() if key not in aliases and key != _SHARES}
+    contents = Contents("safetensors", (path,), {".": container}, tree=dict(tensors), metadata=own, warnings=warnings)
+    return contents, _starts(metadata[_SHARES]) if _SHARES in metadata else {}
+
+
+def _starts(text: str) -> dict[str, tuple[int, ...]]:
+    """Tensor -> where its part begins, as torch's HuggingFaceStorageWriter notes it: ``{"w": {"saved_offsets": [4, 0]}}``."""
+    entries = parse_json(text.encode("utf-8", "surrogatepass"), code="CK307")
+    found = {}
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        start = entry.get("saved_offsets") if isinstance(entry, dict) else None
+        if not isinstance(start, list) or any(type(at) is not int or not 0 <= at <= MAX_ELEMENTS for at in start):
+            raise _broken(f"{_SHARES} must say of each tensor where its part begins", found=printable(name))
+        found[name] = tuple(start)
+    return found
 
 
 def _metadata(entry: object) -> dict[str, str]:
@@ -260,6 +287,12 @@ class SafetensorsWriter:
         return FileLayout(
             file_name, self.name, start + at, slots, manifest, dict(metadata), needs_crc=False, detail=(entries, phase if phases else None)
         )
+
+    def lay_out_folder(
+        self, manifest: Manifest, shard_nbytes: int | None, together: Iterable[Sequence[str]] = (), **options: Any
+    ) -> Folder:
+        """``model.safetensors``, or its shards and their index."""
+        return lay_out_folder(self, "model", manifest, shard_nbytes, together, options)
 
     def seal(self, layout: FileLayout, crc32: Mapping[str, int], metadata: Mapping[str, str]) -> list[tuple[int, bytes]]:  # noqa: ARG002
         """The header. Raises ``ValueError`` when other metadata than the layout's has another length."""

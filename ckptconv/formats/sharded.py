@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats.base import INDEX_SUFFIX, Composite, Container, Contents, Placed
+from ckptconv.formats.base import INDEX_SUFFIX, Composite, Container, Contents, FileLayout, Placed, Writer
 from ckptconv.formats.joining import shifted
 from ckptconv.formats.strict import opened, parse_json, read_at
 from ckptconv.spec import Manifest, TensorSpec
@@ -80,7 +80,7 @@ def read_folder(folder: Path, format: str | None = None) -> Contents:  # noqa: A
     if match is not None and int(match[2]) > 1:
         raise _refused("a shard without the others and without an index", found=printable(name), try_="download the checkpoint again")
     contents = _read_shard(folder, name)
-    neighbours, left = _beside(folder, {name})
+    neighbours, left = beside(folder, {name})
     return replace(contents, neighbours=neighbours, warnings=(*contents.warnings, *left))
 
 
@@ -101,7 +101,7 @@ def read_index(path: Path) -> Contents:
     sizes = (merged.manifest.nbytes, sum(placed.spec.nbytes for placed in merged.tensors.values()))
     if total_size is not None and total_size not in sizes and not merged.unsupported:
         warnings.append(f"{printable(path.name)}: total_size is {total_size:,}, the tensors have {sizes[0]:,} bytes")
-    neighbours, left = _beside(folder, {*shards, path.name})
+    neighbours, left = beside(folder, {*shards, path.name})
     return Contents(
         parts[0].format, tuple(folder / shard for shard in shards), {".": merged}, tree=dict(merged.tensors),
         metadata=_common([part.metadata for part in parts]), warnings=(*warnings, *left), neighbours=neighbours,
@@ -119,7 +119,7 @@ def _is_model(name: str, format: str) -> bool:  # noqa: A002
 
 def _read_index_file(folder: Path, name: str) -> tuple[dict[str, str], float | None]:
     """Tensor name -> shard file name, and the size that the index gives."""
-    with opened(_confined(folder, name)) as descriptor:
+    with opened(confined(folder, name)) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > MAX_INDEX:
             raise _refused(f"the index is larger than {MAX_INDEX:,} bytes", found=f"{size:,} bytes")
@@ -144,7 +144,7 @@ def _plain(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not any(ch in name for ch in "/\\:")
 
 
-def _confined(folder: Path, name: str) -> Path:
+def confined(folder: Path, name: str) -> Path:
     """The path of one of the folder's files. Raises where it is missing, not a regular file, or a link that leads out."""
     home = folder.resolve()
     try:
@@ -176,7 +176,7 @@ def _read_shard(folder: Path, name: str) -> Contents:
     """One file of the folder. What is wrong with it is said with its name in front."""
     from ckptconv.formats import READERS, kind_of  # the table of formats imports this module
 
-    path = _confined(folder, name)
+    path = confined(folder, name)
     try:
         return READERS[kind_of(path)](path)
     except Refusal as refusal:
@@ -229,7 +229,7 @@ def _common(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
-def _beside(folder: Path, read: set[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def beside(folder: Path, read: set[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """The folder's files that should come along with a converted model, and a warning that names those that should not."""
     names = [name for name in _listing(folder) if name not in read]
     neighbours = [name for name in names if _is_companion(folder, name)]
@@ -243,7 +243,7 @@ def _is_companion(folder: Path, name: str) -> bool:
     if name.endswith(_OTHER_WEIGHTS) or any(name.endswith(suffixes) for suffixes in SUFFIXES.values()):
         return False
     try:
-        _confined(folder, name)
+        confined(folder, name)
     except Refusal:
         return False
     return True
@@ -294,6 +294,20 @@ def plan_shards(
     names = [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)] if count > 1 else [stem + suffix]
     parts = (Manifest(part, tuple(groups), manifest.buffers & part.keys()) for part, groups in zip(tensors, ties, strict=True))
     return list(zip(names, parts, strict=True))
+
+
+#: The files of a folder, laid out, and its index (file name and contents) where it has one. The index is written last.
+Folder = tuple[tuple[FileLayout, ...], tuple[str, bytes] | None]
+
+
+def lay_out_folder(
+    writer: Writer, stem: str, manifest: Manifest, shard_nbytes: int | None, together: Iterable[Sequence[str]], options: Mapping[str, Any]
+) -> Folder:
+    """The shards of ``manifest`` as ``writer`` lays them out with ``options``, and the index where there are several."""
+    shards = plan_shards(manifest, writer.name, shard_nbytes, stem, together)
+    files = tuple(writer.lay_out(name, part, **options) for name, part in shards)
+    suffix = SUFFIXES[writer.name][0] + INDEX_SUFFIX
+    return files, (stem + suffix, index_json(shards, manifest.nbytes)) if len(shards) > 1 else None
 
 
 def index_json(shards: Sequence[tuple[str, Manifest]], total_size: int) -> bytes:

@@ -58,8 +58,11 @@ _EVERYWHERE = frozenset(
     {"os", "sys", "posix", "nt", "subprocess", "shutil", "builtins", "__builtin__", "ctypes", "importlib", "pickle", "socket"}
 )
 
-#: Of refused modules, what torch itself writes for honest tensors.
-_HONEST = frozenset({"torch.serialization._get_layout"})
+#: Of refused modules, what torch itself writes for honest tensors, and where Python 3.13 says that paths come from.
+_HONEST = frozenset({
+    "torch.serialization._get_layout",
+    *(f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+})  # fmt: skip
 
 #: Of the built-in names, only plain types are honest.
 _BUILTIN_TYPES = frozenset({

@@ -142,15 +142,19 @@ def _own_metadata(descriptor: int, records: Mapping[str, Record]) -> dict[str, s
     return data
 
 
-def read_embedded(path: Path, descriptor: int, file: int, base: int, nbytes: int) -> Any:
-    """The object of a torch zip that lies inside another file, at ``base``; its tensors are placed in file number ``file``."""
+def read_embedded(path: Path, descriptor: int, file: int, base: int, nbytes: int) -> tuple[Any, dict[str, str]]:
+    """The object of a torch zip that lies inside another file, at ``base``, and what ckptconv wrote beside it.
+
+    Its tensors are placed in file number ``file``.
+    """
     if not 0 <= base <= base + nbytes <= os.fstat(descriptor).st_size:
         raise _bad("an archive inside the file reaches past its end", code="CK302", found=printable(path.name))
     records = directory(descriptor, base, nbytes)
     if "data.pkl" not in records or records["data.pkl"].nbytes > MAX_PICKLE:
         raise _bad("an archive inside the file was not written by torch.save", code="CK301", found=printable(path.name))
     storages = _Storages(records, _byte_order(descriptor, records), file)
-    return run(read_at(descriptor, records["data.pkl"].nbytes, records["data.pkl"].offset), storages.resolve)[0]
+    found, _ = run(read_at(descriptor, records["data.pkl"].nbytes, records["data.pkl"].offset), storages.resolve)
+    return found, _own_metadata(descriptor, records)
 
 
 def directory(descriptor: int, base: int = 0, size: int | None = None) -> dict[str, Record]:

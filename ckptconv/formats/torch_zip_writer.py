@@ -7,33 +7,16 @@ Records in torch 2.13's order: ``data.pkl``, ``.format_version``, ``.storage_ali
 
 from __future__ import annotations
 
-import hashlib
-import json
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptconv.errors import Refusal, printable
-from ckptconv.formats import zip_layout
-from ckptconv.formats.base import Converted, FileLayout, Slot
+from ckptconv.formats import torch_archive
+from ckptconv.formats.base import Converted, FileLayout
 from ckptconv.formats.pickle_writer import emit
+from ckptconv.formats.sharded import Folder, lay_out_folder
 from ckptconv.names import unusable
 from ckptconv.spec import Manifest
-
-ARCHIVE = "archive"
-METADATA_RECORD = "ckptconv.json"
-_SERIALIZATION_ID = ".data/serialization_id"
-_ID_DIGITS = 40
-
-
-@dataclass(frozen=True)
-class _Archive:
-    """What a layout knows beforehand: all records in file order, and the contents of those that are not slots."""
-
-    records: tuple[zip_layout.Record, ...]
-    #: one per record: a slot's name, or the bytes; None where they are known only in the end
-    contents: tuple[str | bytes | None, ...]
 
 
 class TorchZipWriter:
@@ -43,8 +26,7 @@ class TorchZipWriter:
 
     def refuse(self, manifest: Manifest) -> list[Refusal]:
         """Names that should not be written (CK209). Torch's format holds every dtype."""
-        reasons = ((name, unusable(name)) for name in manifest if name != "__metadata__")  # which only safetensors reserves
-        return [Refusal(reason, code="CK209", found=printable(name)) for name, reason in reasons if reason is not None]
+        return refused_names(manifest)
 
     def lay_out(
         self, file_name: str, manifest: Manifest, *, metadata: Mapping[str, str], tree: Any = None,
@@ -52,70 +34,24 @@ class TorchZipWriter:
     ) -> FileLayout:  # fmt: skip
         """Place every record. Raises ``ValueError`` for a tree that is not plain data around one state_dict."""
         pickle, storages = emit(Converted() if tree is None else tree, manifest, module_versions)
-        contents: list[tuple[str, int, str | bytes | None]] = [
-            ("data.pkl", len(pickle), pickle),
-            (".format_version", 1, b"1"),
-            (".storage_alignment", 2, str(zip_layout.ALIGNMENT).encode()),
-            ("byteorder", 6, b"little"),
-            *((f"data/{key}", nbytes, slot) for key, (slot, nbytes) in enumerate(storages.items())),
-            ("version", 2, b"3\n"),
-            (_SERIALIZATION_ID, _ID_DIGITS, None),
-        ]
-        if metadata:
-            contents.append((METADATA_RECORD, len(_metadata_json(metadata)), None))
-        wanted = (
-            {f"{ARCHIVE}/{name}": phases[slot] for name, _, slot in contents if isinstance(slot, str) and slot in phases} if phases else {}
-        )
-        records = zip_layout.place(((f"{ARCHIVE}/{name}", nbytes) for name, nbytes, _ in contents), wanted)
-        archive = _Archive(records, tuple(content for _, _, content in contents))
-        slots = {
-            content: Slot(record.data_at, record.nbytes)
-            for record, content in zip(records, archive.contents, strict=True)
-            if isinstance(content, str)
-        }
-        nbytes = records[-1].end + len(zip_layout.directory(records, [0] * len(records)))
-        return FileLayout(file_name, self.name, nbytes, slots, manifest, dict(metadata), needs_crc=True, detail=archive)
+        archive = torch_archive.lay_out(pickle, storages, metadata=metadata, phases=phases)
+        return FileLayout(file_name, self.name, archive.nbytes, archive.slots, manifest, dict(metadata), needs_crc=True, detail=archive)
+
+    def lay_out_folder(
+        self, manifest: Manifest, shard_nbytes: int | None, together: Iterable[Sequence[str]] = (), **options: Any
+    ) -> Folder:
+        """``pytorch_model.bin``, or its shards and their index."""
+        return lay_out_folder(self, "pytorch_model", manifest, shard_nbytes, together, options)
 
     def seal(self, layout: FileLayout, crc32: Mapping[str, int], metadata: Mapping[str, str]) -> list[tuple[int, bytes]]:
-        """Headers, descriptors, small records and the directory: one piece for each gap between slots.
-
-        Raises ``ValueError`` when metadata of another length than the layout's is given, ``KeyError`` for a slot without CRC-32.
-        """
-        archive: _Archive = layout.detail
-        digest = hashlib.sha256()
-        checksums: list[int] = []
-        pieces: list[tuple[int, bytes]] = []
-        at, pending = 0, bytearray()
-        for record, content in zip(archive.records, archive.contents, strict=True):
-            pending += zip_layout.local_header(record)
-            if isinstance(content, str):
-                crc = crc32[content] if record.nbytes else 0
-                if record.nbytes:
-                    pieces.append((at, bytes(pending)))
-                    at, pending = record.data_at + record.nbytes, bytearray()
-            else:
-                data = content if content is not None else self._late(record, digest.digest(), metadata)
-                crc = zlib.crc32(data)
-                pending += data
-            pending += zip_layout.descriptor(record, crc)
-            checksums.append(crc)
-            digest.update(b"%s %d %d\n" % (record.name, record.nbytes, crc))
-        pieces.append((at, bytes(pending + zip_layout.directory(archive.records, checksums))))
-        return pieces
-
-    def _late(self, record: zip_layout.Record, digest: bytes, metadata: Mapping[str, str]) -> bytes:
-        """The records that are known only now. The serialization id is torch's name for this content: here a digest, not a random number."""
-        if record.name.endswith(_SERIALIZATION_ID.encode()):
-            halves = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8))
-            return b"".join(b"%020d" % half for half in halves)
-        data = _metadata_json(metadata)
-        if len(data) != record.nbytes:
-            raise ValueError(f"the metadata has {len(data)} bytes, {record.nbytes} were laid out: it must keep its keys and lengths")
-        return data
+        """As :func:`ckptconv.formats.torch_archive.seal`."""
+        return torch_archive.seal(layout.detail, crc32, metadata)
 
 
 WRITER = TorchZipWriter()
 
 
-def _metadata_json(metadata: Mapping[str, str]) -> bytes:
-    return json.dumps(dict(metadata), separators=(",", ":")).encode("ascii")
+def refused_names(manifest: Manifest) -> list[Refusal]:
+    """Names that should not be written (CK209), in a format of torch's."""
+    reasons = ((name, unusable(name)) for name in manifest if name != "__metadata__")  # which only safetensors reserves
+    return [Refusal(reason, code="CK209", found=printable(name)) for name, reason in reasons if reason is not None]

@@ -109,10 +109,16 @@ def _look_alikes(container: Container) -> list[str]:
 
 
 def _supported(container: Container, path: Path) -> Container:
+    from ckptconv.formats import fsdp
+
+    try:
+        fsdp.refuse_flat(container)
+    except Refusal as refusal:
+        raise InputError(refusal.at(printable(path))) from None
     if container.unsupported:
         shown = ", ".join(f"{printable(name)} ({kind})" for name, kind in list(container.unsupported.items())[:5])
         what = f"{len(container.unsupported)} tensors are of a kind that cannot be converted"
-        raise InputError(Problem("CK305", what, where=printable(path), found=shown))
+        raise InputError(Problem("CK305", what, where=printable(path), found=shown, try_=fsdp.way_out(container)))
     return container
 
 

@@ -44,7 +44,7 @@ class Options:
     config: Path | None = None
     select: Sequence[str] = ()
     also: Mapping[str, Any] | Sequence[str] = field(default_factory=dict)  #: further sources by name
-    format: str | None = None  #: torch or safetensors; from the destination's suffix or the source where nothing is said
+    format: str | None = None  #: torch, safetensors or dcp; from the destination's suffix or the source where nothing is said
     shard_size: str | None = None
     verify: int | Literal["auto"] | None = "auto"  #: the highest rung to climb, see ``level``; None: none at all
     parity: Mapping[str, Any] | Sequence[str] = ()  #: what the models' outputs are compared with: source, golden, inputs, tolerance

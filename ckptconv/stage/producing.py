@@ -20,7 +20,17 @@ from ckptconv.execute.nonfinite import nonfinite_counts
 from ckptconv.execute.sources import Sources
 from ckptconv.execute.staging import Place, Staging, refuse_overlap
 from ckptconv.formats.base import FileLayout, Placed
-from ckptconv.layout import FORMAT_OF_SUFFIX, Layout, carried_tree, lay_out, not_written_here, parse_size, renamed_versions
+from ckptconv.layout import (
+    FORMAT_OF_SUFFIX,
+    Layout,
+    carried_tree,
+    entries_beside,
+    lay_out,
+    not_written_here,
+    parse_size,
+    renamed_versions,
+    written_like,
+)
 from ckptconv.memory import plan_peak
 from ckptconv.names import collapse
 from ckptconv.plan import Read, reads
@@ -60,11 +70,12 @@ class Produced:
 
 
 def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
-    """File or folder, torch or safetensors: from the options, the destination's name, or the source, in this order."""
+    """File or folder, and its format: from the options, the destination's name, or the source, in this order."""
     suffix_format = FORMAT_OF_SUFFIX.get(destination.suffix)
     # A folder's name may have dots in it (llama-3.1-8b); a file's suffix that says nothing is rather a slip.
     there = os.path.isdir(destination)  # unlike Path.is_dir, it has an answer for a name that is too long
     nameless = suffix_format is None and bool(destination.suffix) and not there and not prepared.source.path.is_dir()
+    nameless = nameless and options.format != "dcp"
     if nameless and options.format is None:
         raise UsageError(
             Problem("CK107", f"{printable(destination.suffix)} says no format", where=printable(destination),
@@ -79,9 +90,15 @@ def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
         raise UsageError(
             Problem("CK107", f"--format {options.format}, but the destination's name says {suffix_format}", where=printable(destination))
         )
-    source_format = "safetensors" if prepared.source.contents.format == "safetensors" else "torch"
+    format = options.format or (None if is_folder else suffix_format) or written_like(prepared.source.contents)  # noqa: A001
+    if format == "dcp" and not is_folder:
+        raise UsageError(
+            Problem(
+                "CK107", "a torch.distributed.checkpoint is a folder", where=printable(destination), try_="a destination without a suffix"
+            )
+        )
     shards = parse_size(options.shard_size or "5GB") if is_folder else None
-    return Shape(destination, options.format or (None if is_folder else suffix_format) or source_format, is_folder, shards)
+    return Shape(destination, format, is_folder, shards)
 
 
 @dataclass(frozen=True)
@@ -225,8 +242,13 @@ def _lay(prepared: Prepared, shape: Shape, options: Options) -> Conversion:
     source, plan = prepared.source, prepared.plan
     tree, kept, left_out = None, dict[str, Placed](), list[str]()
     if options.keep_extras:
-        if shape.format != "torch" or shape.is_folder:
-            raise UsageError(Problem("CK107", "--keep-extras needs a single .pth output: safetensors holds tensors only"))
+        if shape.format != "dcp" and (shape.format != "torch" or shape.is_folder):
+            raise UsageError(Problem("CK107", "--keep-extras needs a single .pth output, or --format dcp: safetensors holds tensors only"))
+        if shape.format != "dcp" and source.container.path == "." and entries_beside(source.contents.tree, source.container):
+            what = "the state_dict stands at the file's top, among the other entries; only --format dcp keeps them so"
+            raise UsageError(
+                Problem("CK107", what, where=printable(source.path), try_="--format dcp and a folder, or leave --keep-extras out")
+            )
         try:
             tree, kept, left_out = carried_tree(source.contents, source.container)
         except Refusal as refusal:

@@ -212,6 +212,10 @@ def _written(request: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """The written files, mapped, by the plain libraries that everyone else reads them with."""
     import torch
 
+    if request["format"] == "dcp":
+        from ckptconv.target.distributed import mapped_state
+
+        return mapped_state(Path(request["files"][0]).parent, ".".join(request["container"]) or ".")
     state: OrderedDict[str, Tensor] = OrderedDict()
     versions: dict[str, Any] = {}
     for file in request["files"]:

@@ -44,6 +44,7 @@ def folder(tmp_path):
         ["explain", "CK101"],
         ["run", "dataparallel", "in.pth", "out.pth", "--target", "in.safetensors"],
         ["run", "dataparallel", "in.pth", "out.safetensors"],
+        ["run", "dataparallel", "in.pth", "out", "--format", "dcp"],
     ],
     ids=" ".join,
 )

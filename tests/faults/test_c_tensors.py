@@ -24,6 +24,8 @@ from building import (
 from harness import message
 from safetensors.torch import load_file
 
+from ckptconv.formats.fsdp import WAY_OUT
+
 F = storage()
 
 
@@ -75,7 +77,7 @@ REFUSED = [
     ("c038-wrapper-subclass", table(x=call("torch._utils._rebuild_wrapper_subclass", named("some.Tensor"))), ("CK305", "1 tensors are of a kind that cannot be converted", "x (tensor subclass)")),
     ("c038-subclass", table(x=call("torch._tensor._rebuild_from_type_v2", named("torch._utils._rebuild_tensor_v2"), named("some.Tensor"),
      row(F, whole(0), numbers([8]), numbers([1]), b"\x89", HOOKS), b"N")), ("CK305", "1 tensors are of a kind that cannot be converted", "x (some.Tensor)")),
-    ("c038-DTensor", table(x=call("torch.distributed.tensor._api.DTensor", tensor())), ("CK305", "1 tensors are of a kind that cannot be converted", "x (DTensor)")),
+    ("c038-DTensor", table(x=call("torch.distributed.tensor._api.DTensor", tensor())), ("CK305", "1 tensors are of a kind that cannot be converted", "x (DTensor)", WAY_OUT)),
     ("c039-negative-stride", table(x=tensor([4], [-1], 4)), ("CK305", "a tensor whose strides is no row of sizes", "(-1,)")),
     ("c039-negative-size", table(x=tensor([-4])), ("CK305", "a tensor whose shape is no row of sizes", "(-4,)")),
     ("c039-negative-offset", table(x=tensor(offset=-1)), ("CK305", "a tensor without a storage or with an impossible offset")),

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from building import call, named, numbers, pickled, storage, table, tensor, text, torch_file, whole
+from building import call, named, numbers, pickled, row, storage, table, tensor, text, torch_file, whole
 from harness import message
 
 META = "torch.distributed.checkpoint.metadata."
@@ -44,13 +44,13 @@ def entries(*items):
     return b"}(" + b"".join(key + value for key, value in items) + b"u"
 
 
-def metadata(shape=(2, 4), chunks=(((0, 0), (2, 4)),), places=None, more=b""):
+def metadata(shape=(2, 4), chunks=(((0, 0), (2, 4)),), places=None, more=b"", paths=b"N"):
     """The metadata of one tensor ``w`` in these chunks, at these places (key, value)."""
     chunks_ = listed(*(chunk(*each) for each in chunks))
     described = instance(META + "TensorStorageMetadata", properties=b"N", size=size(*shape), chunks=chunks_)
     where = [(index("w", each[0]), place()) for each in chunks] if places is None else places
     return pickled(instance(META + "Metadata", state_dict_metadata=more or entries((text("w"), described)),
-                            planner_data=b"N", storage_data=entries(*where)))  # fmt: skip
+                            planner_data=paths, storage_data=entries(*where)))  # fmt: skip
 
 
 def made(box, files):
@@ -66,7 +66,19 @@ def placed(**changes):
     return {".metadata": metadata(places=[(index("w", (0, 0)), place(**changes))])}
 
 
+def described():
+    return instance(META + "TensorStorageMetadata", properties=b"N", size=size(2, 4), chunks=listed(chunk((0, 0), (2, 4))))
+
+
+def two_paths(first, second):
+    """Two tensors, and where each stood in what was saved."""
+    where = [(index(name, (0, 0)), place()) for name in ("w", "v")]
+    return {".metadata": metadata(places=where, more=entries((text("w"), described()), (text("v"), described())),
+                                  paths=entries((text("w"), first), (text("v"), second)))}  # fmt: skip
+
+
 TWO = CHUNK * 2
+HALF = torch_file(pickled(tensor([2, 4], [4, 1], of=storage(kind="HalfStorage"))), bytes(16))
 EVIL = torch_file(pickled(call("posix.system", text("touch marker"))))
 HALVES = (((0, 0), (2, 4)), ((2, 0), (2, 4)))
 BOTH = [(index("w", (0, 0)), place()), (index("w", (2, 0)), place(len(CHUNK)))]
@@ -85,7 +97,9 @@ REFUSED = [
     ("c139-a-backslash", placed(path="..\\x"), 3, ("in", "CK302", "a data file is missing, or no plain file of the folder", "..\\x", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c139-a-link", {"__0_0.distcp": ("../pass.yaml",)}, 3, ("in", "CK302", "a data file is missing, or no plain file of the folder", "__0_0.distcp", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-a-hole", {".metadata": metadata((4, 4), HALVES[:1])}, 3, ("in", "CK305", "the chunks of w do not make it up: 2:4 along axis 0 is in no output")),
-    ("c140-an-overlap", {".metadata": metadata((3, 4), (HALVES[0], ((1, 0), (2, 4))), [BOTH[0], (index("w", (1, 0)), place(len(CHUNK)))]), "__0_0.distcp": TWO}, 3, ("in", "CK305", "the chunks of w do not make it up: the outputs cover only a part of it ([0, 0]+[2, 4], [1, 0]+[2, 4])")),
+    ("c140-an-overlap", {".metadata": metadata((3, 4), (HALVES[0], ((1, 0), (2, 4))), [BOTH[0], (index("w", (1, 0)), place(len(CHUNK)))]), "__0_0.distcp": TWO}, 3, ("in", "CK302", "the chunks of w overlap", "2 chunks of [3, 4]", "save the checkpoint again with torch.distributed.checkpoint")),
+    ("c140-a-chunk-with-more-sizes-than-offsets", {".metadata": metadata((4, 4), (((0, 0), (2, 4, 1)),), BOTH[:1])}, 3, ("in", "CK302", "a chunk of w is missing, or outside of it", "[0, 0] + [2, 4, 1] of [4, 4]", "save the checkpoint again with torch.distributed.checkpoint")),
+    ("c140-chunks-of-two-dtypes", {".metadata": metadata((4, 4), HALVES, [BOTH[0], (index("w", (2, 0)), place(len(CHUNK), len(HALF)))]), "__0_0.distcp": CHUNK + HALF}, 3, ("in", "CK302", "the chunks of w are of different dtypes", "float16, float32", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-beyond-the-tensor", {".metadata": metadata((3, 4), HALVES, BOTH), "__0_0.distcp": TWO}, 3, ("in", "CK302", "a chunk of w is missing, or outside of it", "[2, 0] + [2, 4] of [3, 4]", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-another-rank", {".metadata": metadata((8,), (((0, 0), (2, 4)),))}, 3, ("in", "CK302", "a chunk of w is missing, or outside of it", "[0, 0] + [2, 4] of [8]", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-no-chunks", {".metadata": metadata(chunks=(), places=[])}, 3, ("in", "CK302", "w has no chunks", "", "save the checkpoint again with torch.distributed.checkpoint")),
@@ -93,6 +107,11 @@ REFUSED = [
     ("c140-a-chunk-that-is-nowhere", {".metadata": metadata(places=[(index("v", (0, 0)), place())])}, 3, ("in", "CK302", "a chunk of w is missing, or outside of it", "[0, 0] + [2, 4] of [2, 4]", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c140-a-size-that-is-negative", {".metadata": metadata((-2, 4))}, 3, ("in", "CK305", "a tensor whose size is no row of sizes", "(-2, 4)")),
     ("c140-a-product-over-64-bits", {".metadata": metadata((1 << 62, 1 << 62))}, 3, ("in", "CK305", "the chunks of w do not make it up: 4:4611686018427387904 along axis 1 is in no output")),
+    ("c140-a-chunk-that-is-in-two-places", {".metadata": metadata(places=[(index("w", (0, 0)), place()), (index("w", (0, 0)), place(len(CHUNK)))]), "__0_0.distcp": TWO}, 3, ("in", "CK302", ".metadata says twice where a chunk of w is", "", "save the checkpoint again with torch.distributed.checkpoint")),
+    ("c140-archives-within-archives", {".metadata": metadata((4, 4), HALVES, [BOTH[0], (index("w", (2, 0)), place(8))]), "__0_0.distcp": TWO}, 3, ("in", "CK302", "archives overlap", "at bytes 0 and 8 of __0_0.distcp", "save the checkpoint again with torch.distributed.checkpoint")),
+    ("c140-a-path-through-a-tensor", two_paths(row(text("a")), row(text("a"), text("b"))), 3, ("in", "CK302", "the paths in .metadata contradict each other", "v", "save the checkpoint again with torch.distributed.checkpoint")),
+    ("c140-two-tensors-at-one-path", two_paths(row(text("a")), row(text("a"))), 3, ("in", "CK302", "the paths in .metadata contradict each other, or have no end", "v", "save the checkpoint again with torch.distributed.checkpoint")),
+    ("c140-a-path-without-end", two_paths(row(text("a")), row(*[text("b")] * 5000)), 3, ("in", "CK302", "the paths in .metadata contradict each other, or have no end", "v", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c141-missing", {"__0_0.distcp": None}, 3, ("in", "CK302", "a data file is missing, or no plain file of the folder", "__0_0.distcp", "save the checkpoint again with torch.distributed.checkpoint")),
     ("c141-short", {"__0_0.distcp": CHUNK[:-1]}, 3, ("in", "CK302", "an archive inside the file reaches past its end", "__0_0.distcp")),
     ("c141-beyond-the-end", placed(offset=1 << 40), 3, ("in", "CK302", "an archive inside the file reaches past its end", "__0_0.distcp")),

@@ -138,55 +138,6 @@ def test_chunks_along_two_axes_are_tiled():
         make_plan(PASS, container.stored_manifest, composites=container.composites)
 
 
-def zero(folder, stage, world, shapes, tensors):
-    """A ZeRO folder, written from the layout's description: flat rows, padded and cut."""
-    step = folder / "global_step1"
-    step.mkdir(parents=True)
-    (folder / "latest").write_text("global_step1")
-    names = list(shapes)
-    if stage == 3:
-        rows = [[] for _ in range(world)]
-        for name in names:
-            flat = tensors[name].flatten()
-            width = -(-flat.numel() // world)
-            for rank, part in enumerate(torch.cat([flat, torch.zeros(width * world - flat.numel())]).split(width)):
-                rows[rank].append(part)
-        rows = [torch.cat(row) for row in rows]
-    else:
-        flat = torch.cat([tensors[name].flatten() for name in names])
-        flat = torch.cat([flat, torch.zeros(-flat.numel() % (2 * world))])
-        rows = list(flat.split(flat.numel() // world))
-    prefix = "zero_pp_rank_0_" if stage == 3 else ""
-    model = {"module": {"buf": torch.ones(2)}, "param_shapes": [{name: tensors[name].shape for name in names}], "buffer_names": ["buf"],
-             "shared_params": [["head", "embed"]]}  # fmt: skip
-    torch.save(model, step / f"{prefix}mp_rank_00_model_states.pt")
-    for rank, row in enumerate(rows):
-        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        torch.save(
-            {"optimizer_state_dict": {"zero_stage": stage, key: [row.clone()]}}, step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        )
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_zero_partitions_are_put_together(tmp_path, stage, world):
-    tensors = {"embed": normal(7, 3), "b": normal(5, seed=1), "w": normal(3, 2, 2, seed=2)}
-    zero(tmp_path / "ckpt", stage, world, tensors, tensors)
-    found, _ = through(tmp_path / "ckpt", tmp_path)
-    assert all(torch.equal(found[name], value) for name, value in tensors.items())
-    assert torch.equal(found["head"], tensors["embed"])
-    assert found["head"].data_ptr() == found["embed"].data_ptr(), "shared parameters stay one tensor"
-    assert torch.equal(found["buf"], torch.ones(2))
-
-
-def test_a_zero_folder_without_a_rank_is_refused(tmp_path):
-    tensors = {"embed": normal(7, 3)}
-    zero(tmp_path / "ckpt", 2, 3, tensors, tensors)
-    (tmp_path / "ckpt" / "global_step1" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(Refusal, match="files of the ZeRO checkpoint are missing"):
-        formats.read(tmp_path / "ckpt")
-
-
 def test_tensor_parallel_ranks_are_merged_by_rules(tmp_path):
     shards = [
         {"layers.0.wq": normal(2, 3, seed=rank), "layers.0.wo": normal(3, 2, seed=9 + rank), "norm": torch.ones(3)} for rank in (0, 1)

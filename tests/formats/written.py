@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ckptconv.formats import dcp_writer
 from ckptconv.formats.base import FileLayout, Writer
 from ckptconv.spec import DType, Manifest, TensorSpec
 
@@ -58,6 +59,8 @@ def seal(path: Path, layout: FileLayout, writer: Writer, checksums: Mapping[str,
         for offset, piece in writer.seal(layout, checksums, metadata):
             file.seek(offset)
             file.write(piece)
+    if layout.format == "dcp":
+        (path.parent / dcp_writer.METADATA_FILE).write_bytes(dcp_writer.index([layout]))
 
 
 def write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -46,8 +47,36 @@ def seeds() -> Mapping[str, list[bytes]]:
         "zip": zips, "pickle": pickles, "zipped-pickle": pickles, "legacy": legacy,
         "safetensors": [b"\1" + part for part in raw] + [b"\0" + struct.pack("<Q", len(part)) + part + bytes(16) for part in raw],
         "rules": rules, "patterns": [text.encode() for text in patterns],
+        "distributed": _distributed(),
         "index": [json.dumps(index).encode(), b'{"weight_map": {"a": "../x", "b": "link.safetensors", "c": "sub"}}'],
     }  # fmt: skip
+
+
+def _distributed() -> list[bytes]:
+    """One tensor of one chunk, one of two, and a value that is none, as torch pickles what it says of them."""
+    import torch
+    from targets import ARCHIVE
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    length, size = len(ARCHIVE), torch.Size
+    found = []
+    for shape, starts in (((2, 4), [(0, 0)]), ((4, 4), [(0, 0), (2, 0)]), ((2, 8), [(0, 4), (0, 0)])):
+        chunks = [ChunkStorageMetadata(size(start), size((2, 4))) for start in starts]
+        described = {"m.w": TensorStorageMetadata(TensorProperties(torch.float32), size(shape), chunks), "v": BytesStorageMetadata()}
+        places = {MetadataIndex("m.w", start): _StorageInfo("__0_0.distcp", at * length, length) for at, start in enumerate(starts)}
+        if len(starts) == 1:
+            places[MetadataIndex("v")] = _StorageInfo("__0_0.distcp", length, length)
+        metadata = Metadata(described, {"m.w": ("m", "w"), "v": ("l", 0)}, places, version="1.0.0")
+        found += [pickle.dumps(metadata, protocol) for protocol in (2, 4)]
+    return found
 
 
 #: Words that mean something to the readers: the fuzzer puts them together sooner than it would find their letters.
@@ -61,5 +90,9 @@ WORDS: Mapping[str, list[bytes]] = {
     "safetensors": [b'"dtype":"F32"', b'"shape":[', b'"data_offsets":[0,16]', b'"__metadata__":{', b"18446744073709551615", b"1e9", b"F4", b"BOOL"],
     "rules": [b"version: 1", b"- rename:", b"{m:**}", b"when:", b"&a", b"*a", b"<<:", b"!!", b"---", b"dtype: bfloat16", b"{i:int}", b"do: ["],
     "patterns": [b"{p}", b"{i:int}", b"{m:**}", b"regex:", b"**", b"{x:q|k}", b"shape(", b"by_name(", b" if ", b" else ", b"not in", b"//", b"[[1]]", b"{[1]: 2}"],
+    "distributed": [
+        b"ctorch.distributed.checkpoint.metadata\nChunkStorageMetadata\n", b"ctorch.distributed.checkpoint.metadata\nBytesStorageMetadata\n", b"ctorch\nSize\n",
+        b"X\x0c\0\0\0__0_0.distcp", b"X\7\0\0\0offsets", b"X\5\0\0\0sizes", b"X\6\0\0\0chunks", b"X\3\0\0\0fqn", b"K\2K\4\x86", b"K\0K\0\x86", b"\x8a\1\xff", b"\x85R",
+    ],
     "index": [b'"weight_map"', b'"metadata"', b"total_size", b"../", b"/dev/zero", b"s.safetensors", b"link.safetensors", b"1e999"],
 }  # fmt: skip

@@ -12,16 +12,18 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ckptconv.errors import Refusal, UsageError
+from ckptconv.errors import CkptconvError, Refusal, UsageError
+from ckptconv.formats import dcp, sharded, torch_legacy, torch_zip_reader
 from ckptconv.formats import safetensors as ours
-from ckptconv.formats import sharded, torch_legacy, torch_zip_reader
 from ckptconv.formats.base import Contents, Placed, Storage
 from ckptconv.formats.containers import contents_from_tree
 from ckptconv.formats.pickle_machine import run
 from ckptconv.formats.rebuilding import StorageRef, storage_dtype
+from ckptconv.planner import make_plan
 from ckptconv.ruleset import expressions, model
 from ckptconv.ruleset.patterns import Pattern, Template
 
+_NOTHING = model.parse(b'{"version": 1, "name": "t", "summary": "t", "steps": [{"drop": {"keys": "nothing", "optional": true}}]}', "t.yaml")
 #: In memory: a million small files a minute are no work for a disk.
 FOLDER = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp") / f"ckptconv-fuzz-{os.getpid()}"
 DATA_NBYTES = 4096
@@ -183,7 +185,33 @@ def fuzz_index(data: bytes) -> None:
     _inside(contents)
 
 
+#: A tensor of 2 by 4 float32.
+ARCHIVE = zipped(
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x08tQK\0K\x02K\x04\x86K\x04K\x01\x86"
+    b"\x89ccollections\nOrderedDict\n)RtR."
+)
+
+
+def fuzz_distributed(data: bytes) -> None:
+    """The metadata of a torch.distributed.checkpoint, beside a file with two tensors of it."""
+    folder = FOLDER / "distributed"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        (folder / "__0_0.distcp").write_bytes(ARCHIVE * 2)
+    (folder / ".metadata").write_bytes(data)
+    try:
+        contents = dcp.read(folder)
+    except Refusal:
+        return
+    _inside(contents)
+    for container in contents.containers.values():
+        try:
+            make_plan(_NOTHING, container.stored_manifest, composites=container.composites)
+        except (Refusal, CkptconvError):
+            return
+
+
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "zip": fuzz_zip, "pickle": fuzz_pickle, "zipped-pickle": fuzz_zipped_pickle, "legacy": fuzz_legacy, "safetensors": fuzz_safetensors,
-    "rules": fuzz_rules, "patterns": fuzz_patterns, "index": fuzz_index,
+    "rules": fuzz_rules, "patterns": fuzz_patterns, "index": fuzz_index, "distributed": fuzz_distributed,
 }  # fmt: skip
