@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import PydanticCustomError
 
-from ckptconv import target
+from ckptconv import formats, target
 from ckptconv.errors import InputError, Problem, UsageError, printable
 from ckptconv.stage.opening import MAX_PLAN, read_json
 from ckptconv.stage.preparing import Options, Prepared, prepare_read, saved_plan
@@ -26,6 +27,12 @@ _Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=
 _Size = Annotated[str, StringConstraints(max_length=32)]
 
 
+def _writable(format: str) -> str:  # noqa: A002  (the field's own word)
+    if format not in formats.WRITERS:
+        raise PydanticCustomError("format", f"there is no output format of this name: {', '.join(formats.WRITERS)}")
+    return format
+
+
 class WorkField(BaseModel):
     """What ``work`` needs beside the plan itself. Relative paths start at the plan file's folder."""
 
@@ -33,7 +40,7 @@ class WorkField(BaseModel):
     source: _Text
     also: Annotated[dict[_Text, _Text], Field(max_length=64)] = {}
     destination: _Text
-    format: Literal["torch", "safetensors"] | None = None
+    format: Annotated[str, AfterValidator(_writable)] | None = None
     shard_size: _Size | None = None
     task_size: _Size | None = None
     keep_extras: bool = False
@@ -59,7 +66,7 @@ def plan_for_work(made: Conversion, plan_file: Path) -> dict[str, Any]:
     wanted = made.prepared.target
     field_ = WorkField(
         source=_told(source.path, folder), also={name: _told(path, folder) for name, path in source.also.items()},
-        destination=_told(made.destination, folder), format=_format(options.format), shard_size=options.shard_size, task_size=options.task_size,
+        destination=_told(made.destination, folder), format=options.format, shard_size=options.shard_size, task_size=options.task_size,
         keep_extras=options.keep_extras, max_output=options.max_output, forbid_nonfinite=options.forbid_nonfinite, verify=options.verify,
         target=None if wanted is None else _target_text(wanted, folder), files=identities(made),
     )  # fmt: skip
@@ -169,10 +176,6 @@ def _target_text(wanted: target.Target, folder: Path | None) -> str:
     path = os.path.abspath(wanted.path) if folder is None else _told(wanted.path, folder)
     classes = dict(wanted.arguments).get("class")
     return (f"hf:{path}" + (f"#{classes}" if classes else "")) if wanted.kind == "hf" else path
-
-
-def _format(text: str | None) -> Literal["torch", "safetensors"] | None:
-    return "torch" if text == "torch" else "safetensors" if text == "safetensors" else None
 
 
 def _with_tuples(data: Any) -> Any:

@@ -116,6 +116,7 @@ CASES = {
     "shards": ("in", "out", {"shard_size": "700"}),
     "torch shards": ("in.pth", "out", {"shard_size": "700", "format": "torch"}),
     "safetensors": ("in.pth", "out.safetensors", {}),
+    "distributed": ("in.pth", "out", {"shard_size": "700", "format": "dcp"}),
     "kept": ("training.pth", "out.pth", {"keep_extras": True, "select": ["state_dict"]}),
 }
 

@@ -139,7 +139,7 @@ BAD = {
     "an empty path": ({"source": ""}, "source", "String should have at least 1 character"),
     "a NUL in a path": ({"source": "in.pth\0"}, "source", "String should match pattern"),
     "a long path": ({"source": "a" * 5000}, "source", "String should have at most 4096 characters"),
-    "an unknown format": ({"format": "pickle"}, "format", "Input should be 'torch' or 'safetensors'"),
+    "an unknown format": ({"format": "pickle"}, "format", "there is no output format of this name: torch, safetensors, dcp"),
     "a rung that is none": ({"verify": 7}, "verify", "Input should be less than or equal to 6"),
     "text for truth": ({"keep_extras": "yes"}, "keep_extras", "Input should be a valid boolean"),
     "many sources": ({"also": {f"n{at}": "in.pth" for at in range(65)}}, "also", "Dictionary should have at most 64 items"),
