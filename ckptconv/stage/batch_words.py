@@ -14,7 +14,7 @@ from ckptconv.formats.base import INDEX_SUFFIX
 from ckptconv.layout import FORMAT_OF_SUFFIX
 from ckptconv.stage.batch_lock import NAME, text_of
 
-_SUFFIX = {"torch": ".pth", "safetensors": ".safetensors"}
+_SUFFIX = {"torch": ".pth", "safetensors": ".safetensors", "dcp": ""}
 
 
 @dataclass(frozen=True)

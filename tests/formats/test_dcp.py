@@ -262,6 +262,26 @@ def test_torch_itself_reads_the_metadata_as_its_own(tmp_path):
     assert Path(tmp_path / "ours" / ".metadata").stat().st_size < 2 * Path(tmp_path / "theirs" / ".metadata").stat().st_size
 
 
+def test_the_tasks_of_many_machines_write_the_same_folder(tmp_path, cli):
+    torch.save(Small().state_dict(), tmp_path / "in.pth")
+    shape = ["plain-tensors", "in.pth", "out", "--format", "dcp", "--shard-size", "200B"]
+    for words in (["plan", *shape, "--out", "plan.json"], ["work", "plan.json"], ["finish", "plan.json"]):
+        done = cli(*words, cwd=tmp_path)
+        assert done.code == 0, done.err
+    ckptconv.run("plain-tensors", tmp_path / "in.pth", tmp_path / "one", format="dcp", shard_size="200B")
+    of_many, of_one = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "one"))
+    assert of_many == of_one
+    assert len(of_one) > 3
+
+
+def test_a_batch_of_files_becomes_folders(tmp_path, cli):
+    (tmp_path / "in").mkdir()
+    torch.save({"w": normal(2)}, tmp_path / "in" / "a.pth")
+    done = cli("batch", "in/*.pth", "-r", "plain-tensors", "-o", "out", "--format", "dcp", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert_equal(whole(tmp_path / "out" / "a", tmp_path), {"w": normal(2)})
+
+
 class Stranger:
     pass
 
