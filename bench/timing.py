@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 _TOUCH = """
 import ctypes, mmap, sys
 memory = mmap.mmap(-1, int(sys.argv[1]))
