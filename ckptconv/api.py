@@ -378,7 +378,7 @@ def verify(
     from ckptconv.stage.parity import parity_words
     from ckptconv.stage.preparing import Options, prepare
     from ckptconv.stage.producing import Meter
-    from ckptconv.stage.recorded import differing_rules, recorded, rules_of
+    from ckptconv.stage.recorded import OURS, differing_rules, recorded, rules_of
     from ckptconv.verify import Evidence, climb
 
     started = time.monotonic()
@@ -409,8 +409,11 @@ def verify(
         from ckptconv.execute.sources import Sources
 
         made_by = rule_file(rules) if rules is not None else rules_of(written.contents.metadata, path)
+        chosen = replace(chosen, optimizer=chosen.optimizer or recorded(written.contents.metadata).get(OURS + "optimizer"))
         with _with_report("verify", chosen, destination):
             prepared = prepare(made_by, Path(against), chosen)
+        carried = prepared.optimizer
+        moments = None if carried is None else lambda contents: carried.read_back(contents, path if path.is_dir() else path.parent)
         wish = prepared.parity
         compared = wish.request(path, written.container.path, prepared.plan, prepared.source, prepared.comparison) if wish else None
         with Sources(prepared.source.files, prepared.source.contents.identities) as opened:
@@ -427,6 +430,7 @@ def verify(
             builder=prepared.builder,
             allow=prepared.allow,
             parity=compared,
+            moments=moments,
         )
         report = _report("verify", prepared, chosen, about)
         report = replace(report, skipped={}, notes=differing_rules(written.contents.metadata, made_by) + report.notes)
@@ -691,7 +695,7 @@ def _report(command: str, prepared: Prepared, options: Options, destination: Map
     return RunReport(
         command, _rules_json(prepared), _source_json(prepared), destination, tuple(changes(prepared.plan)), prepared.notes,
         _left_behind(prepared, options), prepared.target.text if prepared.target else "", prepared.comparison, prepared.allowed,
-        plan=prepared.plan, rule_texts=prepared.rule_texts,
+        plan=prepared.plan, rule_texts=prepared.rule_texts, optimizer=prepared.optimizer.to_json() if prepared.optimizer is not None else {},
     )  # fmt: skip
 
 

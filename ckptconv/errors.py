@@ -184,6 +184,7 @@ CODES: Mapping[str, str] = {
     "CK310": "The source cannot be opened.",
     "CK311": "The source changed while it was read, or is not the one that the plan was made for.",
     "CK312": "A checksum of the source does not match its bytes.",
+    "CK314": "An optimizer's state cannot be read, or it is open which parameter each part of it belongs to.",
     # 4xx: targets and verification
     "CK401": "Keys that the target needs are missing.",
     "CK402": "Keys that the target does not know are there.",
@@ -201,6 +202,7 @@ CODES: Mapping[str, str] = {
     "CK414": "The output holds values that are not finite, and --forbid-nonfinite was given.",
     "CK415": "A suggested rule leaves open which tensor is which, and nothing settled it.",
     "CK416": "A task of the work is not done, or its receipt or its bytes are damaged or another's.",
+    "CK417": "An optimizer's state cannot follow the weights.",
     # 5xx: output
     "CK501": "The output exists, and --force was not given.",
     "CK502": "The output is, or lies inside, the source.",

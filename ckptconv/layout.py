@@ -143,13 +143,15 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
     """The source's own structure with the state_dict taken out, for an output that keeps a training checkpoint's other entries.
 
     Gives back the tree for the writer, the tensors that it carries by their slot names, and the paths of what cannot be written again
-    (objects of foreign classes, unsupported tensors). A state_dict at the file's top stands in the tree under itself: its entries join the
-    others, which only the torch.distributed.checkpoint writer can do. Raises :class:`~ckptconv.errors.Refusal` where it is the whole file.
+    (objects of foreign classes, unsupported tensors). What is to be kept and stands in the tree as such is the plan's. A state_dict at the
+    file's top stands in the tree under itself: its entries join the others, which only the torch.distributed.checkpoint writer can do.
+    Raises :class:`~ckptconv.errors.Refusal` where it is the whole file.
     """
     beside = entries_beside(contents.tree, container)
     if container.path == "." and not beside:
         raise Refusal("the file holds nothing beside the state_dict", code="CK107", try_="leave --keep-extras out")
     kept: dict[str, Placed] = {}
+    taken: set[str] = set()
     left_out: list[str] = []
 
     def walk(value: Any, path: tuple[str, ...]) -> Any:
@@ -160,8 +162,13 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
             raise Refusal(f"nested deeper than {MAX_TREE_DEPTH}", code="CK304")
         if isinstance(value, Placed):
             name = f"::{dotted}"
+            if name in kept:
+                raise Refusal(f"two entries are called {printable(name)}", code="CK306")
             kept[name] = value
             return Kept(name, value.spec)
+        if isinstance(value, Kept):  # it comes from the plan
+            taken.add(value.name)
+            return value
         if isinstance(value, (Foreign, Composite, Unsupported)):
             left_out.append(dotted)
             return None
@@ -171,9 +178,10 @@ def carried_tree(contents: Contents, container: Container) -> tuple[Any, dict[st
             return type(value)(walk(item, (*path, str(at))) for at, item in enumerate(value))
         return value
 
-    if container.path == ".":
-        return {**walk(beside, ()), Converted(): Converted()}, kept, left_out
-    return walk(contents.tree, ()), kept, left_out
+    tree = walk(beside if container.path == "." else contents.tree, ())
+    if not taken.isdisjoint(kept):
+        raise Refusal(f"two entries are called {printable(min(taken & kept.keys()))}", code="CK306")
+    return {**tree, Converted(): Converted()} if container.path == "." else tree, kept, left_out
 
 
 def entries_beside(tree: Any, container: Container) -> dict[Any, Any]:

@@ -153,17 +153,19 @@ class Plan:
     dropped: tuple[Dropped, ...] = ()
     #: sentences worth saying to the user (an entry that matched nothing, a tie that was undone)
     notes: tuple[str, ...] = field(default=(), compare=False)
+    #: What goes along beside the state_dict, made of the same source: an optimizer's moments, by the names of their slots.
+    moments: tuple[Output, ...] = ()
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What the output will hold."""
+        """What the output's state_dict will hold."""
         return Manifest({output.name: output.expr.spec for output in self.outputs}, self.ties)
 
     @cached_property
     def stored(self) -> tuple[Output, ...]:
-        """The outputs that have bytes of their own: all but the aliases of ties."""
+        """The outputs that have bytes of their own: all but the aliases of ties, and the moments."""
         aliases = self.manifest.aliases
-        return tuple(output for output in self.outputs if output.name not in aliases)
+        return tuple(output for output in self.outputs if output.name not in aliases) + self.moments
 
     @cached_property
     def fingerprint(self) -> str:
@@ -178,7 +180,7 @@ class Plan:
         """Plain data: the nodes in a list, arguments and outputs by their number in it."""
         number: dict[Expr, int] = {}
         nodes: list[dict[str, Any]] = []
-        for node in walk(output.expr for output in self.outputs):
+        for node in walk(output.expr for output in (*self.outputs, *self.moments)):
             number[node] = len(nodes)
             if isinstance(node, Read):
                 nodes.append({"read": node.name})
@@ -197,6 +199,11 @@ class Plan:
             "ties": [list(group) for group in self.ties],
             "dropped": [[drop.name, _origin_json(drop.origin), drop.reason, list(drop.sources)] for drop in self.dropped],
             "notes": list(self.notes),
+            **(
+                {"moments": [[output.name, number[output.expr], _origin_json(output.origin)] for output in self.moments]}
+                if self.moments
+                else {}
+            ),
         }
 
     @staticmethod
@@ -209,11 +216,15 @@ class Plan:
             nodes: list[Expr] = []
             for item in data["nodes"]:
                 nodes.append(_node(item, nodes, source))
-            outputs = tuple(Output(name, nodes[_index(at, nodes)], Origin(*origin)) for name, at, origin in data["outputs"])
+            outputs, moments = (
+                tuple(Output(name, nodes[_index(at, nodes)], Origin(*origin)) for name, at, origin in listed)
+                for listed in (data["outputs"], data.get("moments", ()))
+            )
             dropped = tuple(Dropped(name, Origin(*origin), reason, tuple(sources)) for name, origin, reason, sources in data["dropped"])
             ties = tuple(tuple(group) for group in data["ties"])
             _check_names([output.name for output in outputs], ties)
-            return Plan(source, outputs, ties, dropped, tuple(data.get("notes", ())))
+            _check_names([output.name for output in (*outputs, *moments)], ())
+            return Plan(source, outputs, ties, dropped, tuple(data.get("notes", ())), moments)
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"not a saved plan: {type(error).__name__}: {error}") from None
 

@@ -22,6 +22,7 @@ from ckptconv.cli.options import (
     HTML,
     LEVEL_DEFAULT,
     NO_PROGRESS,
+    OPTIMIZER,
     PARITY,
     SELECT,
     TALK,
@@ -214,6 +215,7 @@ def diff(
     "--level", type=Levels(none=False), default="auto", show_default=LEVEL_DEFAULT, metavar="LEVEL", help="how far to climb: 0 to 6"
 )
 @PARITY
+@OPTIMIZER
 @click.option("--also", multiple=True, metavar="NAME=PATH", help="a further source that DST was made from")
 @click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file")
 @click.option(

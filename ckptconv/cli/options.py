@@ -69,6 +69,13 @@ TIMEOUT = click.option(
 THREADS = click.option(
     "--threads", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="workers that copy and compute"
 )
+OPTIMIZER = options(
+    click.option("--optimizer", metavar="follow|drop|PATH", help="the optimizer's state: its moments go through RULES too (follow; PATH: the one there, of "
+                 "several), or it is left out (drop); keeps the other extras"),
+    click.option("--optimizer-file", type=click.Path(dir_okay=False), metavar="FILE",
+                 help="with --optimizer follow: the state is in a file of its own, and becomes optimizer.pt in the folder DST"),
+    click.option("--source-model", metavar="T", help="with --optimizer: the model that was trained, as a target; tells which parameters the state means"),
+)  # fmt: skip
 CONVERSION = options(
     TARGET,
     click.option("--set", "set_", multiple=True, metavar="NAME=VALUE", help="a variable of the rule file"),
@@ -89,6 +96,7 @@ CONVERSION = options(
     click.option(
         "--keep-extras", is_flag=True, help="keep a training checkpoint's other entries (epoch, optimizer, …); .pth and dcp output only"
     ),
+    OPTIMIZER,
     click.option("--untie", is_flag=True, help="write tied weights as separate tensors"),
     click.option("--reverse", is_flag=True, help="run the rules backwards: SRC is what they make, DST what they start from"),
     click.option("--like", metavar="OLD", help="with --reverse: a checkpoint, manifest or target with the names that DST must have"),

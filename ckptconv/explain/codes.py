@@ -241,6 +241,13 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "in.pth  [CK312]\n  the checksum of storage 'data/7' does not match its bytes",
         ("fetch or copy the file again", "check the disk if it happens twice"),
     ),
+    "CK314": (
+        "An optimizer knows its parameters by number. Which number is which tensor is told by the order of the state_dict and by the moments' shapes, "
+        "and here they leave several ways, or none. Or the file holds no optimizer's state where one is asked for.",
+        "in.pth  [CK314]\n  the moments' shapes do not go with the state_dict's parameters in their order\n  found: 61 parameters in 1 groups, 62 in the state_dict",
+        ("--source-model timm:NAME (or py:…, hf:…): the model that was trained tells which are its parameters",
+         "save it with names: torch.optim.AdamW(model.named_parameters(), …), from torch 2.6 on", "--optimizer drop leaves the optimizer's state out"),
+    ),
     "CK401": (
         "The model has parameters that the result does not fill. strict=False would leave them random without a word.",
         "timm:resnet18  [CK401]\n  the target needs fc.weight, which the result does not have",
@@ -324,6 +331,12 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "nothing is published, and that task is to be done again.",
         ".out.ckptconv-work  [CK416]\n  1 of 8 tasks are not done\n  found: tasks 3\n  try: ckptconv work plan.json",
         ("ckptconv work plan.json does what is left; what is done is not done again", "ckptconv status plan.json names every task"),
+    ),
+    "CK417": (
+        "An optimizer's moments follow their parameters through steps that only move elements. A step that computes (affine, resize, decode, combine), "
+        "adds elements (pad, repeat, fill) or joins parameters that are trained differently would leave the moments without a meaning.",
+        "rules/mine.yaml:9  affine (step 2)  [CK417]\n  the optimizer's state cannot follow norm.weight: affine: values that are scaled or shifted have other gradients",
+        ("--optimizer drop writes everything else, and the optimizer starts anew", "leave the step out, where the target can do without it"),
     ),
     "CK501": (
         "Nothing is ever overwritten unless you say so.",

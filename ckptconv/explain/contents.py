@@ -58,7 +58,7 @@ def optimizer(file: FileFacts, part: Part | None, _wanted: Manifest | None) -> C
         parameters, groups = file.optimizer
         return Cause(
             "optimizer", f"this is an optimizer's state ({parameters:,} parameters in {groups} group{'s' if groups != 1 else ''}), not a model: it holds "
-            "moments, and knows parameters by number only", (), "name the file with the model's weights; --keep-extras carries an optimizer's state beside them",
+            "moments, and knows parameters by number only", (), "name the file with the model's weights; ckptconv run … --optimizer-file takes this state along",
             fatal=True,
         )  # fmt: skip
     names = [name for name in part.manifest if _MOMENTS.search(name)] if part is not None else []

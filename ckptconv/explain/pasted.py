@@ -89,7 +89,7 @@ _KNOWN: tuple[tuple[str, str, str, str], ...] = (
      "tied weights: safetensors wants each tensor once", "ckptconv keeps one and records the alias (--untie writes both)"),
     (r"parameter group that doesn't match the size of optimizer's group", "optimizer",
      "the optimizer's state was saved for another set of parameters: layers were added, frozen or dropped since",
-     "load the weights alone and start the optimizer anew; --keep-extras carries the state along where only names change"),
+     "load the weights alone and start the optimizer anew; ckptconv run … --optimizer follow converts the state with the weights"),
     (r"metadata\.get\(.?format.?\)|'NoneType' object has no attribute 'get'.*format|does not contain the valid metadata", "metadata",
      "the safetensors file does not say {{\"format\": \"pt\"}}, which transformers asks for", "ckptconv run plain-tensors in.safetensors out.safetensors"),
     (r"CUDA out of memory|DefaultCPUAllocator: can't allocate memory|Unable to allocate|MemoryError|Killed", "memory",

@@ -124,7 +124,7 @@ def _search(node: Any, path: tuple[str, ...], found: dict[str, Container], most:
     if _is_module(node):
         found[dotted] = _from_module(node, dotted, most)
         return
-    if not isinstance(node, dict) or _is_optimizer(node):
+    if not isinstance(node, dict) or is_optimizer(node):
         return
     if _is_state_dict(node) or _is_parameter_tree(node):
         found[dotted] = _from_dict(node, dotted, most)
@@ -143,8 +143,17 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, tuple) and 0 < len(value) <= 8 and any(isinstance(item, (Placed, Composite)) for item in value)
 
 
-def _is_optimizer(node: dict[Any, Any]) -> bool:
-    return "param_groups" in node and "state" in node
+def is_optimizer(node: dict[Any, Any]) -> bool:
+    """True for what looks like an optimizer's state_dict, nested or flat."""
+    return ("param_groups" in node and "state" in node) or is_flat_optimizer(node)
+
+
+def is_flat_optimizer(node: dict[Any, Any]) -> bool:
+    """True where every key is ``state.NAME.exp_avg`` or ``param_groups.NAME.lr``, as torch.distributed.checkpoint flattens a state."""
+    if "state" not in str(next(iter(node), "")) and "param_groups" not in str(next(iter(node), "")):
+        return False  # most state_dicts are told by their first key
+    words = {key.partition(".")[0] if isinstance(key, str) and "." in key else "" for key in node}
+    return "param_groups" in words and words <= {"state", "param_groups"}
 
 
 def _is_state_dict(node: dict[Any, Any]) -> bool:
@@ -206,7 +215,7 @@ def _leaves(node: dict[Any, Any], parts: tuple[str, ...]) -> Iterator[tuple[tupl
     for key, value in node.items():
         if isinstance(key, (tuple, bytes)) or (isinstance(key, str) and key.startswith("<tuple ")):
             raise Refusal("a state_dict's keys must be text", code="CK306", found=printable(key))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not is_optimizer(value):
             yield from _leaves(value, (*parts, str(key)))
         elif _holds_tensors(value):
             yield from _leaves(dict(enumerate(value)), (*parts, str(key)))

@@ -26,11 +26,12 @@ def emit(tree: Any, manifest: Manifest, module_versions: Mapping[str, Mapping[st
     """The pickle of ``tree`` with the state_dict in the place of its :class:`~ckptconv.formats.base.Converted`.
 
     Gives back the bytes, and the storages by slot name in the order of their keys: ``data/0`` is the first; the value is its size in
-    bytes. Raises ``ValueError`` for a tree without exactly one ``Converted``, or with leaves that are not plain data.
+    bytes. A file of its own for what goes along beside a state_dict has none, and no manifest. Raises ``ValueError`` for a tree without exactly
+    one ``Converted`` otherwise, or with leaves that are not plain data.
     """
     emitter = _Emitter(manifest, module_versions or {})
     emitter.value(tree)
-    if emitter.converted != 1:
+    if emitter.converted != 1 and (emitter.converted or len(manifest)):
         raise ValueError(f"the tree holds {emitter.converted} places for the state_dict, not one")
     return bytes(emitter.out + b"."), emitter.storages
 

@@ -40,6 +40,9 @@ class RunReport:
     workers: tuple[Mapping[str, Any], ...] = ()  #: of a run: number, copied_nbytes, cloned_nbytes, computed_nbytes, seconds
     plan: Plan | None = field(default=None, repr=False)  #: where everything comes from, for views that show it
     rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, for the lines that origins name
+    optimizer: Mapping[str, Any] = field(
+        default_factory=dict
+    )  #: what became of its state: at, parameters, groups, moments, counters, dropped
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +52,7 @@ class RunReport:
             "coverage": None if self.comparison is None else self.comparison.coverage, "allowed": self.allowed,
             "verification": self.ladder.to_json(), "cost": dict(self.cost), "seconds": round(self.seconds, 3),
             "workers": [dict(worker) for worker in self.workers], **({"on_paper": dict(self.on_paper)} if self.on_paper else {}),
+            **({"optimizer": dict(self.optimizer)} if self.optimizer else {}),
         }  # fmt: skip
 
 

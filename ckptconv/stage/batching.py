@@ -273,6 +273,7 @@ def _that_matter(options: Options, rules: RuleFile, lock: LockFile) -> tuple[dic
         chosen["set"] = variables(chosen["set"])
     named: dict[str, Path] = {text_of(str(path)): path for path in named_paths(options.also).values()}
     words = [options.like, options.target, *(str(word).partition("=")[2] for word in options.parity)]
+    words += [str(word) for word in (options.source_model, options.optimizer_file) if isinstance(word, (str, Path))]
     field_ = rules.header.target
     if field_ is not None and field_.model is not None and field_.model.endswith(".json") and rules.folder is not None:
         words.append(str(rules.folder / field_.model))

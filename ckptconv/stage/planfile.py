@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from ckptconv import formats, target
 from ckptconv.errors import InputError, Problem, UsageError, printable
+from ckptconv.spec import Manifest
 from ckptconv.stage.opening import MAX_PLAN, read_json
 from ckptconv.stage.preparing import Options, Prepared, prepare_read, saved_plan
 from ckptconv.stage.producing import Conversion, begin
@@ -44,6 +45,8 @@ class WorkField(BaseModel):
     shard_size: _Size | None = None
     task_size: _Size | None = None
     keep_extras: bool = False
+    optimizer: _Text | None = None
+    optimizer_file: _Text | None = None
     max_output: _Size | None = None
     forbid_nonfinite: bool = False
     verify: Annotated[int, Field(ge=0, le=6)] | Literal["auto"] | None = "auto"
@@ -63,14 +66,21 @@ class How:
 def plan_for_work(made: Conversion, plan_file: Path) -> dict[str, Any]:
     """What ``plan RULES SRC DST --out`` writes: the plan, and where, how and from what it is carried out."""
     options, source, folder = made.options, made.prepared.source, Path(os.path.abspath(plan_file)).parent
+    carried = made.prepared.optimizer
     wanted = made.prepared.target
     field_ = WorkField(
         source=_told(source.path, folder), also={name: _told(path, folder) for name, path in source.also.items()},
         destination=_told(made.destination, folder), format=options.format, shard_size=options.shard_size, task_size=options.task_size,
         keep_extras=options.keep_extras, max_output=options.max_output, forbid_nonfinite=options.forbid_nonfinite, verify=options.verify,
-        target=None if wanted is None else _target_text(wanted, folder), files=identities(made),
+        target=None if wanted is None else _target_text(wanted, folder), files=identities(made), optimizer=options.optimizer,
+        optimizer_file=None if options.optimizer_file is None else _told(Path(options.optimizer_file), folder),
     )  # fmt: skip
-    return {**saved_plan(made.prepared), "work": field_.model_dump(mode="json", exclude_defaults=True)}
+    saved = {**saved_plan(made.prepared), "work": field_.model_dump(mode="json", exclude_defaults=True)}
+    if carried is not None:  # a worker builds neither model, and gives the parameters the same numbers
+        saved["optimizer"] = {
+            word: None if found is None else found.to_json() for word, found in (("model", carried.model), ("order", carried.order))
+        }
+    return saved
 
 
 def open_job(plan_file: Path, how: How | None = None) -> Job:
@@ -97,7 +107,11 @@ def open_job(plan_file: Path, how: How | None = None) -> Job:
         ]) from None  # fmt: skip
     folder = Path(os.path.abspath(plan_file)).parent
     roots = [Path(os.path.realpath(root)) for root in (folder, Path.cwd(), *how.roots)]
-    upwards = [path for path in (field_.source, *field_.also.values(), field_.destination) if os.pardir in Path(path).parts]
+    upwards = [
+        path
+        for path in (field_.source, *field_.also.values(), field_.destination, field_.optimizer_file or "")
+        if os.pardir in Path(path).parts
+    ]
     if upwards:  # behind a link it means something else to the system than to whoever reads it
         raise UsageError(
             Problem("CK106", "a path of a plan file does not lead upwards", where=printable(plan_file), found=printable(upwards[0]),
@@ -108,11 +122,14 @@ def open_job(plan_file: Path, how: How | None = None) -> Job:
         {name: folder / path for name, path in field_.also.items()},
         folder / field_.destination,
     )
-    _confine([source, *also.values(), destination], roots, plan_file)
+    own = [folder / field_.optimizer_file] if field_.optimizer_file is not None else []
+    _confine([source, *also.values(), destination, *own], roots, plan_file)
     options = Options(
         also=also, format=field_.format, shard_size=field_.shard_size, task_size=field_.task_size, keep_extras=field_.keep_extras,
         max_output=field_.max_output, forbid_nonfinite=field_.forbid_nonfinite, **{"verify": field_.verify, **(how.options or {})},
     )  # fmt: skip
+    if field_.optimizer is not None:
+        options = _with_optimizer(options, field_.optimizer, own[0] if own else None, data, plan_file)
     if not how.compare:
         options = _without_target(options)
     elif options.target is None and field_.target is not None:
@@ -122,6 +139,19 @@ def open_job(plan_file: Path, how: How | None = None) -> Job:
     made = begin(prepared, destination, options)
     _same_files(made, field_, prepared)
     return Job(made, way_on=f"ckptconv finish {shlex.quote(printable(plan_file))}")
+
+
+def _with_optimizer(options: Options, word: str, file: Path | None, data: Mapping[str, Any], plan_file: Path) -> Options:
+    """The options with the optimizer's state as it was planned: its parameters in the order of the models that were built then."""
+    try:
+        found = data["optimizer"]
+        model, order = (None if found[each] is None else Manifest.from_json(found[each]) for each in ("model", "order"))
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"not a plan of `ckptconv plan --out`: {printable(error)}"
+        raise UsageError(Problem("CK107", what, where=f"{printable(plan_file)}: optimizer")) from None
+    return replace(
+        options, optimizer=word, optimizer_file=file, source_model=model, optimizer_order=order if order is not None else "outputs"
+    )
 
 
 def _without_target(options: Options) -> Options:

@@ -31,6 +31,7 @@ from ckptconv.stage.opening import (
 
 if TYPE_CHECKING:
     from ckptconv.ruleset.model import Allow as AllowField
+    from ckptconv.stage.optimizing import Carried
     from ckptconv.stage.parity import Parity
     from ckptconv.target.building import Builder
 
@@ -51,6 +52,10 @@ class Options:
     force: bool = False
     threads: int = 2
     keep_extras: bool = False
+    optimizer: str | None = None  #: follow, drop, or where in the file the optimizer's state is that follows; keeps the extras
+    optimizer_file: str | Path | None = None  #: the state is in a file of its own, and is written to one
+    source_model: str | Manifest | None = None  #: the model that was trained, or its target word: its parameters have the state's numbers
+    optimizer_order: Manifest | Literal["target", "outputs"] = "target"  #: whose parameters give the written state's numbers
     untie: bool = False
     max_memory: str | None = None
     max_output: str | None = None
@@ -66,6 +71,15 @@ class Options:
     )
     lossy: bool = False  #: with reverse: leave out what cannot come back
     use_rule_target: bool = True  #: False: compare with nothing, the caller has a model of its own
+
+    def __post_init__(self) -> None:
+        if self.optimizer is None and (self.optimizer_file is not None or self.source_model is not None):
+            option = "--optimizer-file" if self.optimizer_file is not None else "--source-model"
+            raise UsageError(Problem("CK107", f"{option} is about the optimizer's state", try_=f"--optimizer follow {option} …"))
+        if self.optimizer == "drop" and self.optimizer_file is not None:
+            raise UsageError(Problem("CK107", "nothing is read of an optimizer's state that is dropped", try_="leave --optimizer-file out"))
+        if self.optimizer is not None and self.optimizer_file is None:
+            object.__setattr__(self, "keep_extras", True)
 
     @property
     def level(self) -> int | None:
@@ -91,10 +105,11 @@ class Prepared:
     rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, of the rules and those that they include
     allowed_names: Mapping[str, Sequence[str]] = field(default_factory=dict)  #: what ``allow`` was made of: missing, … -> patterns
     builder: Builder | None = field(default=None, repr=False, compare=False)  #: of a target that is a model, until it is verified
+    optimizer: Carried | None = None  #: what becomes of the optimizer's state, where something is wished
 
     @property
     def notes(self) -> tuple[str, ...]:
-        notes = self.plan.notes + self.source.contents.warnings
+        notes = self.plan.notes + self.source.contents.warnings + (self.optimizer.notes if self.optimizer is not None else ())
         return notes + (self.comparison.notes if self.comparison is not None else ())
 
 
@@ -172,12 +187,13 @@ def _allowed(data: Any) -> AllowField:
 
 
 def saved_plan(prepared: Prepared) -> dict[str, Any]:
-    """What ``plan --out`` writes."""
+    """What ``plan --out`` writes: the plan of the weights, which the optimizer's state will follow again."""
+    plan = prepared.plan if prepared.optimizer is None else prepared.optimizer.bare
     return {
         "rules": prepared.label, "rules_file": prepared.rules_file, "rules_digest": prepared.rules_digest,
-        "select": prepared.source.container.path, "source_fingerprint": prepared.plan.source.fingerprint,
-        "plan_fingerprint": prepared.plan.fingerprint, "allow": {word: list(texts) for word, texts in prepared.allowed_names.items()},
-        "plan": prepared.plan.to_json(),
+        "select": prepared.source.container.path, "source_fingerprint": plan.source.fingerprint,
+        "plan_fingerprint": plan.fingerprint, "allow": {word: list(texts) for word, texts in prepared.allowed_names.items()},
+        "plan": plan.to_json(),
     }  # fmt: skip
 
 
@@ -213,6 +229,15 @@ def _against_target(
     if wanted_target is not None and comparison is not None and not comparison.fits:
         problems = [problem if problem.where else problem.at(wanted_target.text) for problem in comparison.problems()]
         raise FitError(problems, about=prepared)
+    if options.optimizer is not None:
+        from ckptconv.stage.optimizing import with_optimizer
+
+        prepared = with_optimizer(prepared, options)
+    elif options.keep_extras:
+        from ckptconv.stage.optimizing import kept_as_it_is
+
+        note = kept_as_it_is(plan, source.contents)
+        prepared = replace(prepared, plan=replace(plan, notes=(*plan.notes, note))) if note else prepared
     return prepared
 
 

@@ -243,25 +243,39 @@ def _lay(prepared: Prepared, shape: Shape, options: Options) -> Conversion:
     tree, kept, left_out = None, dict[str, Placed](), list[str]()
     if options.keep_extras:
         if shape.format != "dcp" and (shape.format != "torch" or shape.is_folder):
-            raise UsageError(Problem("CK107", "--keep-extras needs a single .pth output, or --format dcp: safetensors holds tensors only"))
+            what = "--keep-extras needs a single .pth output, or --format dcp: safetensors holds tensors only"
+            if options.optimizer is not None:
+                what = (
+                    "--optimizer keeps a training checkpoint's entries, in a single .pth output or by --format dcp; or, from --optimizer-file, beside "
+                    "a folder's weights"
+                )
+            raise UsageError(Problem("CK107", what))
         if shape.format != "dcp" and source.container.path == "." and entries_beside(source.contents.tree, source.container):
             what = "the state_dict stands at the file's top, among the other entries; only --format dcp keeps them so"
             raise UsageError(
                 Problem("CK107", what, where=printable(source.path), try_="--format dcp and a folder, or leave --keep-extras out")
             )
         try:
-            tree, kept, left_out = carried_tree(source.contents, source.container)
+            contents = prepared.optimizer.put_into(source.contents) if prepared.optimizer is not None else source.contents
+            tree, kept, left_out = carried_tree(contents, source.container)
         except Refusal as refusal:
             raise UsageError(refusal.at(printable(source.path))) from None
     renamed = {output.expr.name: output.name for output in plan.outputs if isinstance(output.expr, Read)}
     together: list[list[str]] = []
     if shape.shard_nbytes is not None and plan.manifest.nbytes > shape.shard_nbytes:  # so that no task computes what another does too
-        together = [[output.name for output in island] for island in computed_islands(plan.stored, source.placed) if len(island) > 1]
+        weights = [output for output in plan.stored if output.name in plan.manifest]
+        together = [[output.name for output in island] for island in computed_islands(weights, source.placed) if len(island) > 1]
     layout = lay_out(
         plan.manifest, shape.destination, format=shape.format, is_folder=shape.is_folder, shard_nbytes=shape.shard_nbytes,
         metadata=_metadata(prepared), module_versions=renamed_versions(source.container.module_versions, renamed) or None, tree=tree,
         phases=phases_of(plan.stored, source.placed), together=together,
     )  # fmt: skip
+    if prepared.optimizer is not None and prepared.optimizer.is_apart:
+        if not shape.is_folder:
+            what = "the optimizer's state is in a file of its own, and gets one"
+            raise UsageError(Problem("CK107", what, where=printable(shape.destination), try_="a folder as DST"))
+        beside, kept = prepared.optimizer.file_of_its_own(source.contents, _metadata(prepared))
+        layout = replace(layout, files=(*layout.files, beside))
     return Conversion(prepared, shape.destination, options, shape, layout, kept, tuple(left_out))
 
 
@@ -280,6 +294,7 @@ def _metadata(prepared: Prepared) -> dict[str, str]:
         OURS + "rules_digest": f"sha256:{prepared.rules_digest}",
         OURS + "source_digest": "pending".ljust(_DIGEST_WIDTH),
         OURS + "verified": "pending".ljust(_PROVED_WIDTH),
+        **({OURS + "optimizer": prepared.optimizer.word} if prepared.optimizer is not None else {}),
     }
 
 
@@ -289,11 +304,15 @@ def _evidence(
 ) -> Evidence:  # fmt: skip
     written, container = folder if shape.is_folder else files[0], prepared.source.container.path if options.keep_extras else "."
     parity = prepared.parity.request(written, container, prepared.plan, prepared.source, prepared.comparison) if prepared.parity else None
+    carried = prepared.optimizer
+    if carried is not None and carried.is_apart:
+        files = files[:-1]
     return Evidence(
         files=files, read=lambda: formats.read(written), format=shape.format, plan=prepared.plan,
         source=prepared.source.placed, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
         target=prepared.target, wanted=prepared.wanted, builder=prepared.builder, allow=prepared.allow, container=container,
         timeout=options.timeout, threads=options.threads, parity=parity, progress=progress,
+        moments=None if carried is None else lambda contents: carried.read_back(contents, folder),
     )  # fmt: skip
 
 
@@ -346,7 +365,7 @@ class Meter:
 
 def _untouched_nbytes(prepared: Prepared) -> int:
     """Bytes of the source's tensors that no output reads, and that are read for the source's digest alone."""
-    used = {name for output in prepared.plan.outputs for name in reads(output.expr)}
+    used = {name for output in prepared.plan.stored for name in reads(output.expr)}
     return sum(placed.spec.nbytes for name, placed in prepared.source.placed.items() if name not in used)
 
 

@@ -23,6 +23,7 @@ class Affine(Transform):
     add: float = 0.0
 
     exact: ClassVar[bool] = False
+    stops_moments: ClassVar[str] = "values that are scaled or shifted have other gradients"
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         spec = only("affine", arguments)

@@ -43,6 +43,9 @@ class Transform(BaseModel):
 
     #: True when the kernel only moves elements, so that every bit of the arguments can be found in the result.
     exact: ClassVar[bool] = True
+    #: Why an optimizer's moments cannot go where their parameter goes; empty where they can. They can where the kernel takes every element of
+    #: the result from one place and from no place twice, and changes none. Each transform says it for itself.
+    stops_moments: ClassVar[str]
 
     @abstractmethod
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
@@ -59,6 +62,10 @@ class Transform(BaseModel):
     def lossless(self, *arguments: TensorSpec) -> bool:  # noqa: ARG002  (for those that depend on it)
         """True when this use loses nothing of what ``recover`` gives back; ``exact`` unless it depends on the dtypes."""
         return self.exact
+
+    def moments_stopped(self) -> str:
+        """Why moments cannot go through this use of it; ``stops_moments`` unless it depends on the fields."""
+        return self.stops_moments
 
     @abstractmethod
     def describe(self, *arguments: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ckptconv.errors import Refusal
 from ckptconv.spec import Box, DType, TensorSpec, widens
@@ -30,6 +30,7 @@ class Cast(Transform):
     overflow: Literal["error", "saturate", "inf"] = "error"
 
     exact = False
+    stops_moments: ClassVar[str] = ""
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         spec = only("cast", arguments)

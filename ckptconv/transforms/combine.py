@@ -33,6 +33,7 @@ class Combine(Transform):
     dtype: DType | None = None
 
     exact: ClassVar[bool] = False
+    stops_moments: ClassVar[str] = "a formula's result has other gradients than what goes into it"
 
     @field_validator("formula")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, checked_result, misfit
@@ -23,6 +23,8 @@ class Concat(Transform):
 
     op: Literal["concat"] = "concat"
     axis: int
+
+    stops_moments: ClassVar[str] = ""
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         if not arguments:

@@ -39,6 +39,7 @@ class Decode(Transform):
     axis: int | None = None
 
     exact: ClassVar[bool] = False
+    stops_moments: ClassVar[str] = "quantised numbers are not what was trained"
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         if len(arguments) not in ((2, 3) if self.layout in ("int8", "int4") else (2,)):

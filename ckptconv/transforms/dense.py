@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ckptconv.errors import Refusal
 from ckptconv.spec import DType, TensorSpec
@@ -25,6 +25,8 @@ class Dense(Transform):
     op: Literal["dense"] = "dense"
     layout: Literal["coo", "csr"]
     shape: tuple[int, ...]
+
+    stops_moments: ClassVar[str] = "the places that a sparse tensor leaves out have no history"
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         if len(arguments) != (2 if self.layout == "coo" else 3):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ckptconv.errors import Refusal
 from ckptconv.spec import Box, DType, TensorSpec
@@ -17,6 +17,8 @@ class Guard(Transform):
 
     op: Literal["guard"] = "guard"
     finite: bool = False
+
+    stops_moments: ClassVar[str] = ""
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         if len(arguments) not in (1, 2):
@@ -40,7 +42,8 @@ class Guard(Transform):
                 shown = wide.flatten()[first].item()
                 raise Refusal(f"{bad:,} of {value.numel():,} values are not finite", code="CK207", found=f"{shown} at element {first:,}")
         if len(arguments) == 2 and not torch.equal(value, arguments[1]):
-            raise Refusal("the tensors are not equal", code="CK207", found=f"two of {list(value.shape)}")
+            unequal = f"{value.item()} and {arguments[1].item()}" if value.numel() == 1 else f"two of {list(value.shape)}"
+            raise Refusal("the tensors are not equal", code="CK207", found=unequal)
         return value
 
     def recover(self, *arguments: TensorSpec) -> tuple[Piece, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, checked_result, misfit, only
@@ -22,6 +22,8 @@ class Index(Transform):
     op: Literal["index"] = "index"
     axis: int
     take: tuple[int, ...]
+
+    stops_moments: ClassVar[str] = ""
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         spec = only("index", arguments)
@@ -58,6 +60,9 @@ class Index(Transform):
             size = (*spec.shape[:axis], len(run), *spec.shape[axis + 1 :])
             pieces.append(Piece(0, Box(start, size), Index(axis=axis, take=tuple(found[position] for position in run))))
         return tuple(pieces)
+
+    def moments_stopped(self) -> str:
+        return "positions that are taken twice share what was one gradient" if len({*self.take}) < len(self.take) else ""
 
     def describe(self, *arguments: str) -> str:
         shown = ", ".join(map(str, self.take[:8])) + (f", … {len(self.take):,} positions" if len(self.take) > 8 else "")

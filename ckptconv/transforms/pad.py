@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, checked_result, misfit, only
@@ -26,6 +26,8 @@ class Pad(Transform):
     before: int
     after: int
     value: float = 0.0
+
+    stops_moments: ClassVar[str] = "the new elements have no history, and zeros would make their first steps too large"
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         spec = only("pad", arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, ClassVar, Literal, Union
 
 from ckptconv.errors import Refusal
 from ckptconv.spec import Box, DType, TensorSpec
@@ -78,6 +78,8 @@ class Rearrange(Transform):
     op: Literal["rearrange"] = "rearrange"
     pattern: str
     sizes: tuple[tuple[str, int], ...] = ()
+
+    stops_moments: ClassVar[str] = ""
 
     def _solve(self, spec: TensorSpec) -> tuple[dict[str, int], tuple[int, ...]]:
         """Size of every axis, and the sizes that `...` stands for."""

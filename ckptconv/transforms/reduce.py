@@ -23,6 +23,7 @@ class Reduce(Transform):
     axis: int
 
     exact: ClassVar[bool] = False
+    stops_moments: ClassVar[str] = "a sum or a mean has other gradients than what goes into it"
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         spec = only("reduce", arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, checked_result, misfit, only
@@ -25,6 +25,8 @@ class Repeat(Transform):
     axis: int
     times: int
     interleave: bool
+
+    stops_moments: ClassVar[str] = "copies share what was one gradient, in parts that nothing tells"
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         spec = only("repeat", arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_result, misfit, only
@@ -22,6 +22,8 @@ class Reshape(Transform):
 
     op: Literal["reshape"] = "reshape"
     shape: tuple[int, ...]
+
+    stops_moments: ClassVar[str] = ""
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         spec = only("reshape", arguments)

@@ -32,6 +32,7 @@ class Resize(Transform):
     antialias: bool = True
 
     exact: ClassVar[bool] = False
+    stops_moments: ClassVar[str] = "positions between the old ones have no history"
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         spec = only("resize", arguments)

@@ -50,6 +50,8 @@ class Evidence:
     timeout: float = 300.0
     threads: int = 2
     progress: Callable[[int], None] | None = None  #: takes the bytes that are read back
+    #: where the moments of an optimizer lie in what was written, with all of its files; raises a refusal where they do not
+    moments: Callable[[formats.Contents], tuple[Mapping[str, Placed], tuple[Path, ...]]] | None = None
 
 
 class _Climb:
@@ -59,6 +61,7 @@ class _Climb:
         self.evidence = evidence
         self.written: Container | None = None
         self.written_files: tuple[Path, ...] = ()
+        self.placed: dict[str, Placed] = {}  #: everything that was written: the state_dict and, where they follow it, the moments
         self.digests: dict[str, str] = {}
         self.compared: set[str] = set()  #: computed outputs whose bytes are known to be the right ones, order included
         self.outputs: ParityReport | None = None
@@ -78,10 +81,15 @@ class _Climb:
                 0, "the output holds no state_dict", [Problem("CK407", "the written state_dict is not found", where=str(evidence.files[0]))]
             )
         self.written = contents.containers[self.evidence.container]
-        self.written_files = contents.files
+        self.written_files, self.placed = contents.files, dict(self.written.tensors)
         try:
-            with Sources(contents.files) as opened:
-                self.digests = digest_tensors(opened, self.written.tensors, threads=evidence.threads, progress=evidence.progress)
+            if evidence.moments is not None:
+                moments, self.written_files = evidence.moments(contents)
+                self.placed.update(moments)
+            with Sources(self.written_files) as opened:
+                self.digests = digest_tensors(opened, self.placed, threads=evidence.threads, progress=evidence.progress)
+        except Refusal as refusal:
+            return _failed(0, "the written optimizer differs from the plan", [refusal.at(str(evidence.files[0]))])
         except InputError as error:
             return _failed(0, "the output cannot be read back", list(error.problems))
         if evidence.plan is None:
@@ -120,7 +128,7 @@ class _Climb:
         sentences, problems = [], []
         if plan is not None:
             aliases = plan.source.aliases
-            used = {name for output in plan.outputs for name in reads(output.expr)}
+            used = {name for output in plan.stored for name in reads(output.expr)}
             gone = {aliases.get(name, name) for drop in plan.dropped for name in drop.sources}
             lost = [name for name in plan.source.tensors if aliases.get(name, name) not in used | gone]
             problems += [
@@ -186,7 +194,7 @@ class _Climb:
         copied = [output for output in evidence.plan.stored if isinstance(output.expr, Read)]
         made = [output for output in evidence.plan.stored if isinstance(output.expr, Fill)]
         with Sources(evidence.source_files) as opened, Sources(self.written_files) as reopened:
-            result = conserved(evidence.plan, evidence.source, opened, self.written.tensors, reopened, self.compared)
+            result = conserved(evidence.plan, evidence.source, opened, self.placed, reopened, self.compared)
         problems = [
             Problem("CK407", f"{printable(output.name)}: the bytes differ from the source's", where=str(output.origin))
             for output in copied
@@ -212,7 +220,7 @@ class _Climb:
             return Rung(4, "skipped", "no source to come back to; name it with --against and --rules")
         assert self.written is not None
         with Sources(self.written_files) as reopened:
-            result = round_trip(evidence.plan, self.written.tensors, reopened, self.digests, evidence.source_digests)
+            result = round_trip(evidence.plan, self.placed, reopened, self.digests, evidence.source_digests)
         if result.problems:
             return _failed(4, "the source does not come back", result.problems)
         return Rung(4, "passed", result.sentence)

@@ -23,6 +23,11 @@ print("HEAVY", heavy, "CODE", code)
 @pytest.fixture
 def folder(tmp_path):
     torch.save({"module.a.weight": torch.ones(4, 2), "module.b.weight": torch.ones(3)}, tmp_path / "in.pth")
+    model = torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"a": torch.nn.Linear(4, 2)})})
+    optimizer = torch.optim.Adam(model.parameters())
+    model["module"]["a"](torch.ones(4)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "train.pth")
     save_file({"a.weight": torch.ones(4, 2), "b.weight": torch.ones(3)}, tmp_path / "in.safetensors")
     return tmp_path
 
@@ -45,6 +50,7 @@ def folder(tmp_path):
         ["run", "dataparallel", "in.pth", "out.pth", "--target", "in.safetensors"],
         ["run", "dataparallel", "in.pth", "out.safetensors"],
         ["run", "dataparallel", "in.pth", "out", "--format", "dcp"],
+        ["run", "dataparallel", "train.pth", "trained.pth", "--optimizer", "follow"],
     ],
     ids=" ".join,
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ckptconv import transforms
 from ckptconv.errors import Refusal
 from ckptconv.spec import DType, TensorSpec
-from ckptconv.transforms import ALL, Cast, Concat, Rearrange, Reshape, Slice, parse
+from ckptconv.transforms import ALL, Cast, Concat, Guard, Rearrange, Reshape, Slice, parse
 from ckptconv.transforms.sugar import insert_axis, remove_axis
 
 EXAMPLES = [(kind.__name__, at, example) for kind in ALL for at, example in enumerate(kind.examples())]
@@ -67,6 +67,26 @@ def test_what_can_be_had_back_comes_back(example):
         for axis, (start, size) in enumerate(zip(piece.box.start, piece.box.size, strict=True)):
             original = original.narrow(axis, start, size)
         assert same(piece.back.apply(result) if piece.back else result, original)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_transform_says_whether_moments_go_through(kind):
+    assert "stops_moments" in vars(kind), "each decides for itself"
+    assert not kind.stops_moments.endswith(".")
+
+
+@examples
+def test_moments_go_through_what_only_moves_elements(example):
+    """Every element of the result stands in the arguments, once, and is taken once."""
+    if example.transform.moments_stopped() or isinstance(example.transform, (Cast, Guard)):  # those two are passed by
+        return
+    at, arguments = 0, []
+    for spec in example.arguments:
+        arguments.append(torch.arange(at, at + spec.numel).reshape(spec.shape))
+        at += spec.numel
+    taken = example.transform.apply(*arguments).flatten().tolist()
+    assert len(set(taken)) == len(taken)
+    assert set(taken) <= set(range(at))
 
 
 @examples
