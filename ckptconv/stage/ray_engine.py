@@ -55,20 +55,56 @@ def cluster(address: str | None, *, cpus: int | None = None) -> Iterator[Any]:
         return
     if address:
         _refuse_silence(address)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE_NBYTES}
+    with _signals_noted():
+        try:
+            ray.init(address=address or "local", **quiet, **({} if address else own))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise _unreachable(address or "", str(error).strip().splitlines()[0]) from None
+        try:
+            _note_signals()  # Ray has put a handler of its own in the place of ours
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+_heard: list[int] = []
+_handlers: dict[int, Any] = {}
+
+
+@contextmanager
+def _signals_noted() -> Iterator[None]:
+    """Signals are noted until the block ends, and handled where :func:`_handle_signals` is called: an exception in the middle of Ray's own code
+    would leave it in pieces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _heard.clear()
+    _handlers.update({number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)})
     try:
-        ray.init(address=address or "local", **quiet, **({} if address else own))
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise _unreachable(address or "", str(error).strip().splitlines()[0]) from None
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # Ray puts its own in their place, which end the process at once
-                signal.signal(number, handler)
-        yield ray
+        _note_signals()
+        yield
     finally:
-        ray.shutdown()
+        for number, handler in _handlers.items():
+            signal.signal(number, handler)
+        _handlers.clear()
+    _handle_signals()
+
+
+def _note_signals() -> None:
+    for number, handler in _handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _frame: _heard.append(number))
+
+
+def _handle_signals() -> None:
+    """What the handlers do with the signals that came meanwhile: they raise."""
+    while _heard:
+        number = _heard.pop(0)
+        handler = _handlers.get(number) or signal.getsignal(number)
+        if callable(handler):
+            handler(number, None)
 
 
 def _refuse_silence(address: str) -> None:
@@ -146,6 +182,8 @@ def _worked(ray: Any, job: Job, plan_file: Path, numbers: Sequence[int]) -> Iter
         for call, number in _as_they_come(ray, calls):
             try:
                 answer = ray.get(call)
+            except ray.exceptions.RayTaskError:
+                raise  # a fault of our own, with its traceback
             except ray.exceptions.RayError as error:
                 raise OutputError(_died(f"task {number}", error, job.way_on)) from None
             yield _receipt(json.loads(answer))
@@ -157,6 +195,7 @@ def _worked(ray: Any, job: Job, plan_file: Path, numbers: Sequence[int]) -> Iter
 def _as_they_come(ray: Any, calls: dict[Any, int]) -> Iterator[tuple[Any, int]]:
     while calls:
         done, _ = ray.wait(list(calls), num_returns=1, timeout=_LOOK_EVERY)
+        _handle_signals()
         for call in done:
             yield call, calls.pop(call)
 

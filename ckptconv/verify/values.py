@@ -94,17 +94,14 @@ def _tiled(island: Sequence[Output], source: Mapping[str, Placed]) -> bool:
         taken += [(span.storage.file, span.storage.offset + span.offset, span.nbytes) for span in spans if span.nbytes]
     names = dict.fromkeys(name for output in island for name in reads(output.expr))
     wanted = [(source[name].storage.file, source[name].storage.offset + source[name].offset, source[name].spec.nbytes) for name in names]
-    joined = _joined(taken)
-    return joined is not None and joined == _joined([each for each in wanted if each[2]])
+    return _joined(taken) == _joined([each for each in wanted if each[2]])
 
 
-def _joined(ranges: list[tuple[int, int, int]]) -> list[tuple[int, int, int]] | None:
-    """The same bytes in as few ranges (file, start, bytes) as possible; None where two overlap."""
+def _joined(ranges: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Ranges (file, start, bytes) in order, neighbours as one. Bytes that are taken twice stand there twice."""
     found: list[tuple[int, int, int]] = []
     for file, start, nbytes in sorted(ranges):
         last, begin, length = found[-1] if found else (-1, 0, 0)
-        if last == file and start < begin + length:
-            return None
         if last == file and start == begin + length:
             found[-1] = (file, begin, length + nbytes)
         else:

@@ -118,6 +118,19 @@ def test_what_is_unchanged_is_not_read(zoo, monkeypatch):
     assert batch() == ({}, ALL, {})
 
 
+def test_of_what_was_touched_only_that_is_read(zoo, monkeypatch):
+    checkpoint(Path("base.pth"))
+    Path("mine.yaml").write_text(
+        Path("mine.yaml").read_text().replace("strip_prefix: module.", "strip_prefix: {prefix: module., where: some}")
+    )
+    batch(also=["base=base.pth"])
+    os.utime("out/one.pth")
+    read, digest = [], batch_lock._digest
+    monkeypatch.setattr(batch_lock, "_digest", lambda path: read.append(str(path)) or digest(path))
+    assert batch(also=["base=base.pth"]) == ({}, ALL, {})
+    assert read == ["out/one.pth"]
+
+
 def test_the_digest_of_one_file_is_that_of_its_bytes(zoo):
     import xxhash
 

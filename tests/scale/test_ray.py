@@ -179,6 +179,94 @@ def test_the_driver_is_killed_and_the_next_one_goes_on(cluster, source, tmp_path
     assert files("out") == files("local")
 
 
+INTERRUPTED = """
+import sys, time
+import ckptconv
+from ckptconv.stage import ray_engine
+
+def slow(*_):
+    import time
+    time.sleep(60)
+
+ray_engine.do_task = slow
+from ckptconv.__main__ import main
+sys.argv = ["ckptconv", "run", "fused.yaml", "in", "out", "--engine", "ray", "--ray-address", {address!r}]
+main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_driver_ends_as_every_run_does(cluster, source, tmp_path, name, code):
+    driver = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED.format(address=cluster.address)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (tmp_path / ".out.ckptconv-work" / "plan.json").exists():
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)  # it waits for its tasks
+    driver.send_signal(getattr(signal, name))
+    said = driver.communicate(timeout=30)[1]
+    assert driver.returncode == code, said
+    assert said.endswith("interrupted: the output is whole, or as it was before\n")
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+class Counting:
+    """What stands in for Ray where only what it is asked for counts."""
+
+    class exceptions:
+        RayError = RayTaskError = ZeroDivisionError
+
+    def __init__(self):
+        self.asked = []
+
+    def remote(self, function):
+        self.function = function
+        return self
+
+    def options(self, **options):
+        call = type(self)()
+        call.asked, call.function, call.remote = (
+            self.asked,
+            self.function,
+            lambda *words: (self.asked.append(options), self.function(*words))[1],
+        )
+        return call
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 3.0, "memory": 1e9}}, {"Alive": False, "Resources": {"CPU": 99.0, "memory": 1e15}}]
+
+    def wait(self, calls, num_returns, timeout):
+        return calls[:1], calls[1:]
+
+    def get(self, call):
+        return call
+
+    def cancel(self, call, force):
+        pass
+
+
+def test_each_task_asks_for_what_the_plan_says(source, tmp_path):
+    from ckptconv.stage import working
+    from ckptconv.stage.preparing import Options, prepare
+    from ckptconv.stage.producing import begin
+
+    options = Options(shard_size="200kB", task_size="60kB", threads=5)
+    job = working.Job(begin(prepare("fused.yaml", Path("in"), options), Path("out"), options), "again")
+    job.start()
+    ray = Counting()
+    numbers = [task.number for task in job.tasks.tasks]
+    found = list(ray_engine._worked(ray, job, ray_engine._write_plan(job), numbers))
+    assert sorted(receipt.task for receipt in found) == numbers
+    assert job.done() == set(numbers)
+    assert [each["memory"] for each in ray.asked] == [task.memory_nbytes(3) for task in job.tasks.tasks]
+    assert len({each["memory"] for each in ray.asked}) > 1, "what is computed needs more"
+    assert {(each["num_cpus"], each["max_retries"]) for each in ray.asked} == {(3, 3)}
+
+
 def test_a_task_that_cannot_be_done_says_why(cluster, source, tmp_path, monkeypatch):
     shard = source / "model-00002-of-00002.safetensors"
 
@@ -243,8 +331,8 @@ def test_an_address_where_nobody_is(source, address):
 
 def test_nobody_imports_ray_who_does_not_ask_for_it(source):
     code = (
-        "import sys, ckptconv; from ckptconv.cli import cli; "
-        "ckptconv.run('fused.yaml', 'in', 'plain'); ckptconv.batch(['in'], 'fused.yaml', 'plains'); print('ray' in sys.modules)"
+        "import sys, ckptconv; from ckptconv.cli import cli; from ckptconv.stage import batching; "
+        "ckptconv.run('fused.yaml', 'in', 'plain'); print('ray' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
