@@ -238,3 +238,25 @@ def test_folders_in_the_way(store, scratch, tmp_path, source, rule):
     put_folder(store, tmp_path, "bucket/out.safetensors")
     with pytest.raises(ckptconv.CkptconvError, match="CK501"):
         ckptconv.run(rule, source, OUT)
+
+
+@pytest.mark.parametrize(("options", "word"), [({"resume": True}, "--resume"), ({"engine": "ray"}, "--engine ray")])
+def test_work_that_outlives_a_process_stays_on_disks(store, scratch, tmp_path, source, rule, options, word):
+    store.put("bucket/in.safetensors", source)
+    for here, there in ((source, OUT), ("slow://bucket/in.safetensors", tmp_path / "out.safetensors")):
+        with pytest.raises(ckptconv.CkptconvError, match=rf"slow://bucket/.*  \[CK107\]\n  {word} needs source and destination on a disk"):
+            ckptconv.run(rule, here, there, **options)
+
+
+def test_a_saved_plan_runs_at_urls(store, scratch, tmp_path, source, rule):
+    store.put("bucket/in.safetensors", source)
+    ckptconv.plan(rule, "slow://bucket/in.safetensors", OUT, out=tmp_path / "plan.json")
+    assert "scratch" not in (tmp_path / "plan.json").read_text()
+    ckptconv.run(None, "slow://bucket/in.safetensors", OUT, plan_file=tmp_path / "plan.json")
+    assert same(fetched(store, "bucket/out.safetensors"), tensors())
+
+
+def test_commands_that_take_paths_say_so(tmp_path, source, rule):
+    report = ckptconv.batch([source], rule, tmp_path / "out", also=["other=slow://bucket/in"], jobs=1)
+    ((problem,),) = (item.problems for item in report.failed)
+    assert (problem.code, problem.what) == ("CK107", "this command takes paths, and no URLs")
