@@ -257,6 +257,5 @@ def test_a_saved_plan_runs_at_urls(store, scratch, tmp_path, source, rule):
 
 
 def test_commands_that_take_paths_say_so(tmp_path, source, rule):
-    report = ckptconv.batch([source], rule, tmp_path / "out", also=["other=slow://bucket/in"], jobs=1)
-    ((problem,),) = (item.problems for item in report.failed)
-    assert (problem.code, problem.what) == ("CK107", "this command takes paths, and no URLs")
+    with pytest.raises(ckptconv.CkptconvError, match=r"CK107\]\n  this command takes paths, and no URLs"):
+        ckptconv.batch([source], rule, tmp_path / "out", also=["other=slow://bucket/in"], jobs=1)
