@@ -259,3 +259,12 @@ def test_a_saved_plan_runs_at_urls(store, scratch, tmp_path, source, rule):
 def test_commands_that_take_paths_say_so(tmp_path, source, rule):
     with pytest.raises(ckptconv.CkptconvError, match=r"CK107\]\n  this command takes paths, and no URLs"):
         ckptconv.batch([source], rule, tmp_path / "out", also=["other=slow://bucket/in"], jobs=1)
+
+
+def test_a_distributed_checkpoint_ends_with_its_metadata_and_is_not_replaced(store, scratch, source, rule):
+    ckptconv.run(rule, source, "slow://bucket/dcp/", format="dcp")
+    puts = [request.path.removeprefix("bucket/dcp/") for request in store.log if request.kind == "put"]
+    assert puts[-1] == ".metadata"
+    assert len(puts) > 1
+    with pytest.raises(ckptconv.CkptconvError, match=r"CK503\]\n  a distributed checkpoint in a store is not replaced"):
+        ckptconv.run(rule, source, "slow://bucket/dcp/", format="dcp", force=True)
