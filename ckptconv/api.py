@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Union
 
-from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, printable
+from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, named, printable
+from ckptconv.places.visiting import is_remote, near, visit
 from ckptconv.spec import DType, Manifest, TensorSpec
 
 if TYPE_CHECKING:
@@ -35,8 +36,25 @@ if TYPE_CHECKING:
     from ckptconv.stage.working import Status, Worked
 
 Rules = Union[str, Path, "RuleFile"]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
+def _visiting(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, with words that may also be URLs: ``near`` gives paths for them, which are gone when it ends.
+
+    It stands here and not beside :func:`~ckptconv.places.visiting.visit` because doctest looks only at what a module defines itself.
+    """
+
+    @wraps(function)
+    def visiting(*args: P.args, **kwargs: P.kwargs) -> T:
+        with visit():
+            return function(*args, **kwargs)
+
+    return visiting
+
+
+@_visiting
 def run(
     rules: Rules | None, source: str | Path, destination: str | Path, *, plan_file: str | Path | None = None,
     progress: Progress | None = None, engine: str = "local", ray_address: str | None = None, **options: Any,
@@ -54,12 +72,14 @@ def run(
     ('L0 L1 L3', ['weight'])
     """
     from ckptconv.stage.preparing import Options
-    from ckptconv.stage.producing import begin, produce
+    from ckptconv.stage.producing import begin
+    from ckptconv.stage.sending import also_words, produce_at, refuse_elsewhere
 
     started = time.monotonic()
     chosen = Options(**options)
     with _with_report("run", chosen, destination):
-        prepared = _prepared(rules, Path(source), chosen, plan_file)
+        prepared = _prepared(rules, near(source), chosen, plan_file)
+        refuse_elsewhere([source, destination, *also_words(chosen)], ray=engine == "ray", resume=chosen.resume)
         if engine == "ray":
             from ckptconv.stage import ray_engine
 
@@ -69,8 +89,8 @@ def run(
 
             produced = resume(begin(prepared, Path(destination), chosen), progress)
         else:
-            produced = produce(prepared, Path(destination), chosen, progress)
-    return _ran(prepared, chosen, Path(destination), produced, started)
+            produced = produce_at(prepared, destination, source, chosen, progress)
+    return _ran(prepared, chosen, destination, produced, started)
 
 
 def work(
@@ -170,6 +190,7 @@ def batch(
     )  # fmt: skip
 
 
+@_visiting
 def plan(
     rules: Rules | None, source: str | Path, destination: str | Path | None = None, *, out: str | Path | None = None,
     plan_file: str | Path | None = None, workers: int | None = None, store: str = "disk", **options: Any,
@@ -181,12 +202,13 @@ def plan(
     from ckptconv.ranges import is_ranges
     from ckptconv.stage.preparing import Options, saved_plan
     from ckptconv.stage.producing import estimate
+    from ckptconv.stage.sending import also_words, out_path
 
     started = time.monotonic()
     chosen = Options(**options)
     with _with_report("plan", chosen, destination or ""):
-        prepared = _prepared(rules, Path(source), chosen, plan_file)
-    made, peak = estimate(prepared, Path(destination) if destination is not None else None, chosen)
+        prepared = _prepared(rules, near(source), chosen, plan_file)
+    made, peak = estimate(prepared, out_path(destination) if destination is not None else None, chosen)
     shape, layout = (made.shape, made.layout) if made is not None else (None, None)
     tasks: dict[str, float] = {}
     on_paper: dict[str, Any] = {}
@@ -207,12 +229,13 @@ def plan(
         from ckptconv.stage.planfile import plan_for_work
 
         refuse_to_overwrite(Path(out), [word for word in (rules, source, destination) if isinstance(word, (str, Path))])
-        saved = saved_plan(prepared) if made is None else plan_for_work(made, Path(out))
+        elsewhere = any(is_remote(word) for word in (source, destination or "", *also_words(chosen)))
+        saved = saved_plan(prepared) if made is None or elsewhere else plan_for_work(made, Path(out))
         write_text(Path(out), json.dumps(saved, ensure_ascii=False, indent=1), force=chosen.force)
     manifest = prepared.plan.manifest
     copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if is_ranges(output.expr, prepared.source.placed))
     report = _report("plan", prepared, chosen, {
-        "path": str(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
+        "path": named(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
         "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False,
     })  # fmt: skip
     cost = {"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak, **tasks}
@@ -245,6 +268,7 @@ def convert(state_dict: Mapping[str, Tensor], rules: Rules, *, set: Any = (), co
     return out
 
 
+@_visiting
 def load(
     model: nn.Module, path: str | Path, *, rules: Rules, set: Any = (), config: str | Path | None = None, select: Sequence[str] = (),  # noqa: A002
 ) -> RunReport:  # fmt: skip
@@ -261,7 +285,7 @@ def load(
 
     started = time.monotonic()
     chosen = Options(set=set, config=Path(config) if config is not None else None, select=select, use_rule_target=False)
-    prepared = prepare(rules, Path(path), chosen)
+    prepared = prepare(rules, near(path), chosen)
     wanted = manifest_of_state_dict(model.state_dict(keep_vars=True))
     comparison = compare(prepared.plan.manifest, wanted, prepared.allow)
     if not comparison.fits:
@@ -278,21 +302,23 @@ def load(
     )  # fmt: skip
 
 
+@_visiting
 def inspect(source: str | Path, *, select: Sequence[str] = ()) -> Inspection:
     """What a checkpoint holds: every candidate state_dict (or the selected one). Reads headers only, never needs torch."""
     from ckptconv.report.model import Candidate, Inspection
     from ckptconv.stage.opening import choose, contents_of
 
-    path = Path(source)
+    path = near(source)
     contents = contents_of(path)
     candidates = tuple(
         Candidate(container.path, container.manifest, dict(container.skipped), dict(container.unsupported))
         for container in ([choose(contents, select, path)] if select else contents.containers.values())
     )
     sizes = tuple((file.name, file.stat().st_size) for file in contents.files)
-    return Inspection(str(source), contents.format, sizes, candidates, dict(contents.metadata), dict(contents.skipped), contents.warnings)
+    return Inspection(named(source), contents.format, sizes, candidates, dict(contents.metadata), dict(contents.skipped), contents.warnings)
 
 
+@_visiting
 def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), force: bool = False, timeout: float = 300.0) -> Manifest:
     """Writes the manifest of a checkpoint or target as JSON, to be a target or a side of :func:`diff` later."""
     from ckptconv.stage.opening import manifest_of_word
@@ -303,14 +329,16 @@ def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), f
     return manifest
 
 
+@_visiting
 def diff(left: str, right: str, *, select: Sequence[str] = (), timeout: float = 300.0) -> Difference:
     """Names, shapes, dtypes and ties of two checkpoints, saved manifests or targets compared. Files need no torch."""
     from ckptconv.report.model import difference
     from ckptconv.stage.opening import manifest_of_word
 
-    return difference(left, manifest_of_word(left, select, timeout), right, manifest_of_word(right, select, timeout))
+    return difference(named(left), manifest_of_word(left, select, timeout), named(right), manifest_of_word(right, select, timeout))
 
 
+@_visiting
 def explain(
     source: str | Path | None = None, target: str | None = None, *, error: str = "", select: Sequence[str] = (), set: Any = (),  # noqa: A002
     config: str | Path | None = None, timeout: float = 300.0,
@@ -333,6 +361,7 @@ def explain(
     return asking.explain(source, target, error=error, select=select, given=set, config=config, timeout=timeout)
 
 
+@_visiting
 def suggest(
     source: str | Path, target: str, out: str | Path | None = None, *, pairs: Sequence[str] = (), parity: Any = (), apply: str | Path | None = None,
     accept_ambiguous: bool = False, select: Sequence[str] = (), force: bool = False, timeout: float = 300.0, threads: int = 2,
@@ -360,6 +389,7 @@ def suggest(
     return asking.suggest(run, write_text, source, target, out, words, apply=apply, accept_ambiguous=accept_ambiguous, force=force)
 
 
+@_visiting
 def verify(
     destination: str | Path, *, target_word: str | None = None, against: str | Path | None = None, rules: Rules | None = None,
     level: int | Literal["auto"] = "auto", progress: Progress | None = None, **options: Any,
@@ -382,7 +412,7 @@ def verify(
     from ckptconv.verify import Evidence, climb
 
     started = time.monotonic()
-    path = Path(destination)
+    path = near(destination)
     if against is None and rules is not None:
         raise UsageError(Problem("CK107", "--rules needs --against: the source that was converted"))
     if against is None and target_word is None:
@@ -401,7 +431,7 @@ def verify(
         progress=meter.counted("verifying"),
     )
     about = {
-        "path": str(destination), "format": kind, "files": [file.name for file in written.files], "tensors": len(written.manifest),
+        "path": named(destination), "format": kind, "files": [file.name for file in written.files], "tensors": len(written.manifest),
         "nbytes": written.manifest.nbytes, "written": False, "recorded": recorded(written.contents.metadata),
     }  # fmt: skip
     if against is not None:
@@ -411,7 +441,7 @@ def verify(
         made_by = rule_file(rules) if rules is not None else rules_of(written.contents.metadata, path)
         chosen = replace(chosen, optimizer=chosen.optimizer or recorded(written.contents.metadata).get(OURS + "optimizer"))
         with _with_report("verify", chosen, destination):
-            prepared = prepare(made_by, Path(against), chosen)
+            prepared = prepare(made_by, near(against), chosen)
         carried = prepared.optimizer
         moments = None if carried is None else lambda contents: carried.read_back(contents, path if path.is_dir() else path.parent)
         wish = prepared.parity
@@ -443,7 +473,7 @@ def verify(
         wanted = builder.manifest(chosen.timeout) if builder is not None else target.manifest_of(wanted_target, timeout=chosen.timeout)
         evidence = replace(bare, target=wanted_target, wanted=wanted, builder=builder, parity=compared)
         report = RunReport(
-            "verify", {}, {}, about, (), written.contents.warnings, target=target_word, comparison=compare(written.manifest, wanted),
+            "verify", {}, {}, about, (), written.contents.warnings, target=named(target_word), comparison=compare(written.manifest, wanted),
             plan=as_it_is(written.manifest),
         )  # fmt: skip
     ladder = climb(evidence, chosen.level or 0)
@@ -495,6 +525,7 @@ def rule_tests(rules: Sequence[str | Path] | None = None, *, update: bool = Fals
     return found
 
 
+@_visiting
 def invert(
     rules: Rules, like: str | Path, out: str | Path | None = None, *, set: Any = (), config: str | Path | None = None,  # noqa: A002
     select: Sequence[str] = (), lossy: bool = False, force: bool = False, timeout: float = 300.0,
@@ -510,7 +541,8 @@ def invert(
 
     parsed = rule_file(rules)
     manifest = manifest_of_word(str(like), select or parsed.header.select, timeout)
-    beside = config_for(Path(like), Path(config) if config is not None else None) if config is not None or Path(like).exists() else None
+    there = near(like)
+    beside = config_for(there, Path(config) if config is not None else None) if config is not None or there.exists() else None
     try:
         back = rule_back(parsed, manifest, given=variables(set), config=beside, lossy=lossy)
     except Lossy as refusal:
@@ -670,12 +702,12 @@ def _prepared(rules: Rules | None, source: Path, options: Options, plan_file: st
     return prepare(rules, source, options) if rules is not None else prepare_saved(Path(str(plan_file)), source, options)
 
 
-def _ran(prepared: Prepared, options: Options, destination: Path, produced: Produced, started: float) -> RunReport:
+def _ran(prepared: Prepared, options: Options, destination: str | Path, produced: Produced, started: float) -> RunReport:
     """The report of a conversion that was published."""
     from ckptconv.stage.producing import noticed
 
     report = _report("run", prepared, options, {
-        "path": str(destination), "format": produced.shape.format, "files": [file.name for file in produced.layout.files],
+        "path": named(destination), "format": produced.shape.format, "files": [file.name for file in produced.layout.files],
         "tensors": len(prepared.plan.outputs), "nbytes": produced.layout.nbytes, "written": True,
     })  # fmt: skip
     left_out = (f"not carried along: {printable(', '.join(produced.left_out[:5]))}",) if produced.left_out else ()
@@ -709,7 +741,7 @@ def _with_report(command: str, options: Options | None, destination: str | Path)
     except CkptconvError as error:
         if isinstance(error.about, Prepared):
             manifest = error.about.plan.manifest
-            planned = {"path": str(destination), "format": "", "tensors": len(manifest), "nbytes": manifest.nbytes, "written": False}
+            planned = {"path": named(destination), "format": "", "tensors": len(manifest), "nbytes": manifest.nbytes, "written": False}
             error.about = _report(command, error.about, options or Options(), planned)
         raise
 
@@ -721,7 +753,7 @@ def _rules_json(prepared: Prepared) -> dict[str, Any]:
 def _source_json(prepared: Prepared) -> dict[str, Any]:
     source = prepared.source
     return {
-        "path": str(source.path), "format": source.contents.format, "container": source.container.path, "tensors": len(source.manifest),
+        "path": named(source.path), "format": source.contents.format, "container": source.container.path, "tensors": len(source.manifest),
         "parameters": source.manifest.numel, "nbytes": source.manifest.nbytes, "fingerprint": source.manifest.fingerprint,
     }  # fmt: skip
 
@@ -744,7 +776,7 @@ def _left_behind(prepared: Prepared, options: Options) -> dict[str, str]:
 def refuse_to_overwrite(path: Path, others: Iterable[str | Path]) -> None:
     """Raises :class:`~ckptconv.errors.UsageError` CK502 where ``path`` is one of the other files that a command is given, by any name,
     or a file that is there in one of the folders."""
-    for other in map(Path, others):
+    for other in (Path(other) for other in others if not is_remote(other)):
         there = os.path.exists(path) and os.path.exists(other)
         same = os.path.samefile(path, other) if there else os.path.abspath(path) == os.path.abspath(other)
         inside = there and os.path.isdir(other) and Path(os.path.realpath(other)) in Path(os.path.realpath(path)).parents

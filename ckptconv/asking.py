@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ckptconv.compare import compare
-from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, printable
+from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, named, printable
 from ckptconv.explain import pasted as messages
 from ckptconv.explain.commands import output_of
 from ckptconv.explain.findings import explained
 from ckptconv.explain.sides import Cause, count_of
 from ckptconv.explain.trying import Question
 from ckptconv.names import collapse
+from ckptconv.places.visiting import near
 from ckptconv.plan import as_it_is
 from ckptconv.report.explaining import Drawn, Explanation, Row, SuggestReport, drawn, explanation, rows, sureness
 from ckptconv.report.model import RunReport
@@ -51,7 +52,7 @@ def explain(
     if source is None and pasted.empty:
         what = "there is no message in the text that is known" if error else "give a checkpoint, or the text of an error with --error"
         raise UsageError(Problem("CK107", what, found=printable(error.strip(), 120), try_="ckptconv explain SRC --target T"))
-    opened = open_for_explaining(Path(source), select, Path(config) if config is not None else None) if source is not None else None
+    opened = open_for_explaining(near(source), select, Path(config) if config is not None else None) if source is not None else None
     question = replace(opened.question if opened is not None else Question((), None), given=variables(given))
     if target is not None:
         question = replace(question, wanted=manifest_of_word(target, (), timeout))
@@ -62,7 +63,7 @@ def explain(
         file,
         question,
         map(builtin.find, builtin.names()),
-        source=str(source) if source is not None else "SRC",
+        source=named(source) if source is not None else "SRC",
         target=target or "",
         ask=lambda here, there: find_rule(here, there, name="suggested"),
     )
@@ -80,7 +81,7 @@ def suggest(
     run: Run, write: Callable[..., None], source: str | Path, target: str, out: str | Path | None, words: Words, *, apply: str | Path | None, accept_ambiguous: bool, force: bool,
 ) -> SuggestReport:  # fmt: skip
     """As :func:`ckptconv.api.suggest`; ``run`` and ``write`` are its :func:`~ckptconv.api.run` and :func:`~ckptconv.api.write_text`."""
-    path = Path(source)
+    path = near(source)
     ask = asked(path, target, Path(out) if out is not None else None, words.pairs, words.select, words.timeout)
     options = {
         "target": target,
@@ -106,11 +107,11 @@ def suggest(
             done = run(rule_of_text(text, ask.name), path, apply, force=force, **options)
             ladder, applied = done.ladder, dict(done.destination)
     return SuggestReport(
-        {"path": str(source), "format": ask.source.contents.format, "container": ask.source.container.path, "tensors": len(ask.here),
+        {"path": named(source), "format": ask.source.contents.format, "container": ask.source.container.path, "tensors": len(ask.here),
          "parameters": ask.here.numel}, {"text": target, "tensors": len(ask.wanted), "parameters": ask.wanted.numel},
         found.verdict, found.reason, text, str(out) if out is not None and text else "", sureness(found, ask.wanted), rows(found), found.missing,
         found.unexpected, tuple(Cause(each.kind, each.sentence, each.templates) for each in found.causes), tuple(settled), ladder, applied,
-        () if problems else _next(text, str(source), target, out, applied), problems=problems,
+        () if problems else _next(text, named(source), named(target), out, applied), problems=problems,
         draw=lambda: (drawn(rule_of_text(text, ask.name), ask.here, ask.wanted, found) if text
                       else Drawn("", as_it_is(ask.here), compare(ask.here, ask.wanted))),
     )  # fmt: skip
@@ -125,8 +126,9 @@ def _proved(
 
     def trial(rule: RuleFile, destination: Path) -> Ladder:
         ladder = run(rule, source, destination, sync=False, **options).ladder
-        if Path(target_word).exists() and not target_word.endswith(".json"):
-            same, differ = equal_values(open_source(destination), open_source(Path(target_word)))
+        there = near(target_word)
+        if there.exists() and not target_word.endswith(".json"):
+            same, differ = equal_values(open_source(destination), open_source(there))
             if not differ:
                 settled.append(f"values: all {same:,} tensors are those of {printable(target_word)}, bit by bit")
             elif len(differ) < same:

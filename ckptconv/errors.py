@@ -7,6 +7,7 @@ the exit code that the command line gives back.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -24,12 +25,34 @@ def printable(text: object, limit: int = MAX_QUOTE) -> str:
     >>> printable("layer\\x1b[31m")
     'layer\\\\x1b[31m'
     """
-    shown = _written(text, limit) if isinstance(text, (list, tuple, dict)) else str(text)
+    shown = named(_written(text, limit) if isinstance(text, (list, tuple, dict)) else str(text))
     cut = len(shown) > limit
     shown = shown[:limit]
     if not shown.isprintable():
         shown = "".join(ch if ch.isprintable() else ch.encode("unicode_escape", "surrogatepass").decode("ascii") for ch in shown)
     return shown + "…" if cut else shown
+
+
+#: Paths of ours that stand for another place (the mirror of a remote checkpoint) -> the place. What people read names the place.
+PLACES: dict[str, str] = {}
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?<!hf://)[^/\s@'\"]*@")
+_VALUE = re.compile(r"(?<=[?&])([^=&\s'\"]*=)[^&\s'\"#]+")
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]*")
+
+
+def named(path: object) -> str:
+    """A path or URL as text for people and reports: the place that it stands for, and nothing by which somebody could log in.
+
+    >>> named("s3://key:secret@bucket/in.pth"), named("https://host/in.pth?X-Amz-Signature=0123&part=1")
+    ('s3://***@bucket/in.pth', 'https://host/in.pth?X-Amz-Signature=***&part=***')
+    """
+    text = str(path)
+    for ours, place in PLACES.items():
+        if ours in text:
+            text = text.replace(ours, place)
+    if "://" not in text:
+        return text
+    return _IN_TEXT.sub(lambda match: _VALUE.sub(r"\1***", _USER.sub(r"\1***@", match[0])), text)
 
 
 def _written(value: object, limit: int) -> str:
@@ -184,6 +207,7 @@ CODES: Mapping[str, str] = {
     "CK310": "The source cannot be opened.",
     "CK311": "The source changed while it was read, or is not the one that the plan was made for.",
     "CK312": "A checksum of the source does not match its bytes.",
+    "CK313": "A remote store did not answer, or not as it should.",
     "CK314": "An optimizer's state cannot be read, or it is open which parameter each part of it belongs to.",
     # 4xx: targets and verification
     "CK401": "Keys that the target needs are missing.",

@@ -20,7 +20,7 @@ from ckptconv.spec import Manifest
 FORMAT_OF_SUFFIX: Mapping[str, str] = {
     ".safetensors": "safetensors", ".pth": "torch", ".pt": "torch", ".bin": "torch", ".ckpt": "torch", ".th": "torch", ".tar": "torch",
 }  # fmt: skip
-_WRITTEN = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|__\d+_\d+\.distcp|\.metadata")
+_WRITTEN = re.compile(r"(model|pytorch_model)(-v\d+)?(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|__\d+_\d+\.distcp|\.metadata")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 MAX_TREE_DEPTH = 64
 

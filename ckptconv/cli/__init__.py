@@ -24,6 +24,7 @@ from ckptconv.cli.options import (
     NO_PROGRESS,
     OPTIMIZER,
     PARITY,
+    PLACES,
     SELECT,
     TALK,
     TARGET,
@@ -73,6 +74,7 @@ def cli() -> None:
 @click.option("--resume", is_flag=True, help="go on with what an interrupted run with --resume did; begin so, if there is none")
 @click.option("--no-sync", is_flag=True, help="do not wait until the disk has everything (as cp)")
 @NO_PROGRESS
+@PLACES
 @TALK
 def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, plan_file: Path | None, report: Path | None,
         html: Path | None, dry_run: bool, no_sync: bool, no_progress: bool, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
@@ -135,6 +137,7 @@ def run(arguments: tuple[str, ...], set_: tuple[str, ...], format_: str | None, 
     help="with --workers: where source and destination lie",
 )  # fmt: skip
 @HTML
+@PLACES
 @TALK
 def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...], format_: str | None, out: Path | None,
          html: Path | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:  # fmt: skip
@@ -164,6 +167,7 @@ def plan(rules: str, source: str, destination: str | None, set_: tuple[str, ...]
 )
 @click.option("--force", is_flag=True, help="replace FILE.json")
 @SELECT
+@PLACES
 @TALK
 def inspect(source: str, match: tuple[str, ...], flat: bool, tree: bool, save_manifest: Path | None, force: bool, select: tuple[str, ...],
             as_json: bool, quiet: bool, verbose: int) -> None:  # fmt: skip
@@ -186,6 +190,7 @@ def inspect(source: str, match: tuple[str, ...], flat: bool, tree: bool, save_ma
 @SELECT
 @TIMEOUT
 @HTML
+@PLACES
 @TALK
 def diff(
     left: str, right: str, select: tuple[str, ...], timeout: float, html: Path | None, as_json: bool, quiet: bool, verbose: int
@@ -227,6 +232,7 @@ def diff(
 @ANNOTATIONS
 @HTML
 @NO_PROGRESS
+@PLACES
 @TALK
 def verify(
     destination: str, target: str | None, set_: tuple[str, ...], style: str, html: Path | None, no_progress: bool, as_json: bool, quiet: bool,
@@ -307,6 +313,7 @@ def _expanded(words: Iterable[str]) -> Iterable[str]:
 @click.option("--lossy", is_flag=True, help="leave out what cannot come back")
 @click.option("--force", is_flag=True, help="replace FILE.yaml")
 @SELECT
+@PLACES
 @TIMEOUT
 def invert(rules_word: str, like: str, out: Path | None, set_: tuple[str, ...], **options: Any) -> None:
     """Write the rule file that undoes RULES. It is proved on SRC's names before it is written; what cannot come back is listed by step."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ckptconv.cli.options import CONTEXT, HTML, PARITY, SELECT, TALK, THREADS, TIMEOUT, examples
+from ckptconv.cli.options import CONTEXT, HTML, PARITY, PLACES, SELECT, TALK, THREADS, TIMEOUT, examples
 from ckptconv.cli.running import Output, guarded
 
 #: An error message of more than this is a log.
@@ -38,6 +38,7 @@ MAX_MESSAGE = 16 << 20
 @SELECT
 @TIMEOUT
 @HTML
+@PLACES
 @TALK
 def explain(
     source: str | None,
@@ -110,6 +111,7 @@ def _message(error: str | None) -> str:
 @THREADS
 @TIMEOUT
 @HTML
+@PLACES
 @TALK
 def suggest(source: str, out: str | None, html: Path | None, as_json: bool, quiet: bool, verbose: int, **options: Any) -> int:
     """Write the rule file that makes SRC load into T, say how sure it is, and try it without writing the output.

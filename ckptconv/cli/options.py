@@ -112,6 +112,35 @@ CONVERSION = options(
 )
 
 
+def _place(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """What takes an option on remote places: it holds for the whole command, and no function has to pass it on."""
+
+    def take(context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
+        if value is not None and value is not False:
+            from ckptconv.places.settings import using
+
+            if name == "scratch_size":
+                from ckptconv.errors import UsageError
+                from ckptconv.layout import parse_size
+
+                try:
+                    value = parse_size(value)
+                except UsageError as error:
+                    raise click.BadParameter(error.problems[0].what) from None
+            context.with_resource(using(**{name: value}))
+        return value
+
+    return take
+
+
+PLACES = options(
+    click.option("--online", is_flag=True, expose_value=False, callback=_place("online"),
+                 help="hf://OWNER/REPO: fetch from the hub what the cache does not hold"),
+    click.option("--scratch", type=click.Path(file_okay=False, path_type=Path), expose_value=False, callback=_place("scratch"), metavar="DIR",
+                 help="where bytes from and for URLs are on their way  [default: TMPDIR]"),
+    click.option("--scratch-size", expose_value=False, callback=_place("scratch_size"), metavar="SIZE",
+                 help="how much of a URL's bytes to hold there  [default: 16 GB, at most half of what is free]"),
+)  # fmt: skip
 NO_PROGRESS = click.option("--no-progress", is_flag=True, help="no progress bar")
 HTML = click.option(
     "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html", help="draw the report as one page, also of a failure"

@@ -180,7 +180,7 @@ class Copier:
 
     def _cloned(self, piece: Piece, descriptor: int, to: int) -> tuple[int, int]:
         """The part of the piece that need not be copied, because the filesystem shares it."""
-        if not self._clones:
+        if not self._clones or self._sources.is_remote(piece.file):
             return 0, 0
         try:
             with self._sources.descriptors.use(piece.file) as source:

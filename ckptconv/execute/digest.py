@@ -61,6 +61,9 @@ def digest_tensors(
         return digests
 
     unread.sort(key=lambda names: (placed[names[0]].storage.file, placed[names[0]].storage.offset, placed[names[0]].offset))
+    sources.announce(
+        (place.storage.file, place.storage.offset + place.offset, place.spec.nbytes) for place in (placed[names[0]] for names in unread)
+    )
     batches = list(_batches(unread, lambda names: placed[names[0]].spec.nbytes))
     with ThreadPoolExecutor(threads, thread_name_prefix="ckptconv-digest") as pool:
         for digests in pool.map(some, batches):
@@ -72,6 +75,7 @@ def digest_tensors(
 def digest_spans(sources: Sources, outputs: Mapping[str, Sequence[Span]], *, threads: int = 2) -> dict[str, str]:
     """The digest of each output that is nothing but ranges of source bytes, from these."""
     local = _Buffers()
+    sources.announce((span.storage.file, span.storage.offset + span.offset, span.nbytes) for spans in outputs.values() for span in spans)
     with ThreadPoolExecutor(threads, thread_name_prefix="ckptconv-digest") as pool:
         return dict(zip(outputs, pool.map(lambda spans: _of_spans(sources, spans, local.buffer, None), outputs.values()), strict=True))
 

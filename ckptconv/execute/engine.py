@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ckptconv.execute.truth import check_truth_values
 from ckptconv.formats.base import FileLayout, Placed
 from ckptconv.memory import budget_nbytes, peak_nbytes
 from ckptconv.plan import Output, Plan, islands, reads
-from ckptconv.ranges import Span, as_spans
+from ckptconv.ranges import Span, as_spans, span_of
 from ckptconv.tasks import outputs_of
 
 Report = Callable[[int], None]
@@ -138,6 +138,7 @@ def fill(
                 stack.callback(kernel_threads(1 if sum(sorted(peaks)[-threads:]) <= budget else threads))
             # The largest islands first: the last worker to finish then has a small one.
             tasks += sorted(computes, key=lambda task: -task.peak_nbytes)
+        sources.announce(_needs(tasks, everything))
         workers = Crew(threads, progress or (lambda _: None), budget).run(tasks)
     for name, value in seen.crc32.items():
         crc32[where[name][0]].setdefault(name, value)
@@ -169,6 +170,17 @@ class CopyRanges:
         self.bench.add(copier.found)
         worker.cloned_nbytes += copier.cloned_nbytes
         worker.copied_nbytes += sum(copy.nbytes for copy in self.batch)
+
+
+def _needs(tasks: Iterable[Task], placed: Mapping[str, Placed]) -> Iterator[tuple[int, int, int]]:
+    """Every range of the source that the tasks read, in their order."""
+    for task in tasks:
+        if isinstance(task, CopyRanges):
+            yield from ((piece.file, piece.offset, piece.nbytes) for copy in task.batch for piece in copy.pieces)
+        else:
+            for name in dict.fromkeys(name for output in getattr(task, "island", ()) for name in reads(output.expr)):
+                span = span_of(placed[name])
+                yield span.storage.file, span.storage.offset + span.offset, span.nbytes
 
 
 def _recorded_crc(spans: Sequence[Span]) -> int | None:

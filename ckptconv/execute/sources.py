@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from ckptconv.errors import InputError, Problem, printable
 from ckptconv.execute.descriptors import Descriptors
 from ckptconv.formats.base import Placed
 from ckptconv.formats.strict import Identity, identity
+from ckptconv.places import presence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,19 +73,31 @@ class Sources:
                 named = None
             if named != known:
                 raise _changed(self.files[at])
+        elsewhere = presence.changed(self.files)
+        if elsewhere is not None:
+            raise _changed(elsewhere)
+
+    def is_remote(self, file: int) -> bool:
+        """True for a placeholder: what is read of it must arrive first."""
+        return presence.keeper_of(self.files[file]) is not None
+
+    def announce(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+        """What will be read, as (file, offset, length), in this order. Costs nothing where everything is here."""
+        presence.announce((self.files[file], offset, nbytes) for file, offset, nbytes in ranges)
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from ``offset``; a short file is CK311, a disk that fails CK310."""
-        done = 0
         with self.descriptors.use(file) as descriptor:
-            while done < len(buffer):
-                try:
-                    count = os.preadv(descriptor, [buffer[done:]], offset + done)
-                except OSError as error:
-                    raise _unreadable(self.files[file], "read", error) from None
-                if not count:
-                    raise _changed(self.files[file])
-                done += count
+            for at, nbytes in presence.arriving(descriptor, offset, len(buffer)):
+                done, end = at - offset, at - offset + nbytes
+                while done < end:
+                    try:
+                        count = os.preadv(descriptor, [buffer[done:end]], offset + done)
+                    except OSError as error:
+                        raise _unreadable(self.files[file], "read", error) from None
+                    if not count:
+                        raise _changed(self.files[file])
+                    done += count
 
     def read_tensor(self, placed: Placed) -> Tensor:
         """The tensor, contiguous, in memory of its own."""

@@ -241,6 +241,11 @@ _HELP: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "in.pth  [CK312]\n  the checksum of storage 'data/7' does not match its bytes",
         ("fetch or copy the file again", "check the disk if it happens twice"),
     ),
+    "CK313": (
+        "The store was asked again and again, and failed every time: it is overloaded or out of reach, or it does not know ranges.",
+        "s3://bucket/in.pth  [CK313]\n  the store did not give the bytes, after 5 tries\n  found: bytes 0 to 65,536: TimeoutError",
+        ("run again later", "look at the network, at the proxy, and at the endpoint that is configured for the store"),
+    ),
     "CK314": (
         "An optimizer knows its parameters by number. Which number is which tensor is told by the order of the state_dict and by the moments' shapes, "
         "and here they leave several ways, or none. Or the file holds no optimizer's state where one is asked for.",

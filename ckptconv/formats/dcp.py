@@ -7,7 +7,7 @@ zip of its own. A tensor of one chunk is placed as it is; one of several is a co
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -22,11 +22,13 @@ from ckptconv.formats.pickle_machine import MAX_PICKLE, run
 from ckptconv.formats.sharded import beside
 from ckptconv.formats.strict import allowance, opened, read_at
 from ckptconv.formats.torch_zip_reader import read_embedded
+from ckptconv.places.presence import announce
 from ckptconv.spec import Box
 
 METADATA = ".metadata"
 MAX_VALUES = 50_000  #: entries that are no tensors and are looked into (docs/limits.md); it grows with the checkpoint
 MAX_OPEN = 16  #: files at a time
+_END = 2048  # bytes
 _CHUNK = "torch.distributed.checkpoint.metadata.ChunkStorageMetadata"
 
 
@@ -65,6 +67,7 @@ def read(folder: Path) -> Contents:
     for name in names:
         if "/" in name or "\\" in name or name in ("", ".", "..") or (folder / name).is_symlink() or not (folder / name).is_file():
             raise _bad("a data file is missing, or no plain file of the folder", printable(name))
+    announce(_ends(folder, places), once=True)
     flat: dict[str, Any] = {}
     own: dict[str, str] = {}
     values, nbytes, unread = 0, 0, 0
@@ -162,6 +165,13 @@ def _places(storage: Mapping[Any, Any]) -> dict[str, dict[tuple[int, ...] | None
             raise _bad(f".metadata says twice where a chunk of {printable(name)} is")
         found[name][at] = _Place(place["relative_path"], place["offset"], place["length"])
     return found
+
+
+def _ends(folder: Path, places: Mapping[str, Mapping[Any, _Place]]) -> Iterator[tuple[Path, int, int]]:
+    """Where the chunks' own pickles and directories are: at their starts and ends."""
+    for place in (place for found in places.values() for place in found.values()):
+        yield folder / place.file, max(place.offset, 0), _END
+        yield folder / place.file, max(place.offset + place.nbytes - _END, 0), _END
 
 
 def _refuse_overlaps(places: set[_Place]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Container, Contents, Foreign, Placed
 from ckptconv.formats.joining import plain_files
+from ckptconv.places.presence import bring, look_into
 from ckptconv.spec import TensorSpec, contiguous_strides
 
 _OPTIMIZER = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_([0-9]{1,6})_mp_rank_00_optim_states\.pt")
@@ -39,7 +40,7 @@ def folder_of(folder: Path) -> Path | None:
     latest = folder / "latest"
     if not latest.is_file() or latest.stat().st_size > 1000:
         return None
-    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    name = bring(latest).read_text(encoding="utf-8", errors="replace").strip()
     inside = folder / name
     if not name or "/" in name or "\\" in name or name in (".", "..") or inside.is_symlink() or not inside.is_dir():
         return None
@@ -79,6 +80,7 @@ def read(folder: Path, read_file: Callable[[Path], Contents]) -> Contents:
     ranks = dict(found)
     if len(ranks) != len(found) or sorted(ranks) != list(range(len(ranks))):
         raise _bad("files of the ZeRO checkpoint are missing, or there twice", printable(", ".join(path.name for _, path in found)))
+    look_into(folder / name for name in names if name.endswith("_states.pt"))
     optimizers = [_optimizer(read_file(ranks[rank]).tree, number=1 + rank) for rank in range(len(ranks))]
     stage = optimizers[0].stage
     if any(other.stage != stage or other.partitions != optimizers[0].partitions for other in optimizers):

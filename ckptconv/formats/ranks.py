@@ -13,6 +13,7 @@ from pathlib import Path
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Contents
 from ckptconv.formats.joining import plain_files, side_by_side
+from ckptconv.places.presence import look_into
 
 _FILE = re.compile(r"consolidated\.([0-9]{2,4})\.(?:pth|pt|safetensors)")
 _FOLDER = re.compile(r"mp_rank_([0-9]{2,4})")
@@ -39,4 +40,5 @@ def read(ranks: dict[str, Path], read_file: Callable[[Path], Contents]) -> Conte
     if numbers != list(range(len(ranks))):
         gap = next(at for at in range(max(numbers) + 1) if at not in numbers) if len(set(numbers)) == len(numbers) else numbers[0]
         raise Refusal(f"rank {gap} of the tensor-parallel set is missing, or there twice", code="CK308", found=printable(", ".join(ranks)))
+    look_into(ranks.values())
     return side_by_side({rank: read_file(ranks[rank]) for rank in sorted(ranks, key=int)}, "tensor-parallel")

@@ -19,6 +19,7 @@ from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import INDEX_SUFFIX, Composite, Container, Contents, FileLayout, Placed, Writer
 from ckptconv.formats.joining import shifted
 from ckptconv.formats.strict import opened, parse_json, read_at
+from ckptconv.places.presence import look_into
 from ckptconv.spec import Manifest, TensorSpec
 
 MAX_INDEX = 50_000_000  #: bytes (docs/limits.md)
@@ -93,6 +94,7 @@ def read_index(path: Path) -> Contents:
     shard_of, total_size = _read_index_file(folder, path.name)
     shards = sorted(set(shard_of.values()))
     _check_complete(shards)
+    look_into(folder / shard for shard in shards if (folder / shard).is_file())
     parts = [_read_shard(folder, shard) for shard in shards]
     containers = [shifted(_state_dict(shard, part), at) for at, (shard, part) in enumerate(zip(shards, parts, strict=True))]
     merged = _merged(containers, shards, shard_of)

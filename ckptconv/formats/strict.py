@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.places.presence import arriving, version_of
 
 Identity = tuple[int, int, int, int]
 #: More digits than any 64-bit number has. Longer ones become floats: parsing them exactly costs quadratic time.
@@ -52,7 +53,8 @@ def opened(path: Path) -> Iterator[int]:
 
 def identity(status: os.stat_result) -> Identity:
     """What a file is told by: another one under its name, or a write to it, changes this."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    version = version_of(status)  # a placeholder is written to whenever something arrives
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns if version is None else version
 
 
 def identities_below(path: Path) -> dict[Path, Identity]:
@@ -67,13 +69,15 @@ def identities_below(path: Path) -> dict[Path, Identity]:
 
 def read_up_to(descriptor: int, nbytes: int, offset: int) -> bytes:
     """``nbytes`` bytes from ``offset``, or as many as there are: a read that comes back short is gone on with, as on any network disk."""
-    pieces, wanted = [], nbytes
-    while wanted:
-        piece = os.pread(descriptor, wanted, offset + nbytes - wanted)
-        if not piece:
-            break
-        pieces.append(piece)
-        wanted -= len(piece)
+    pieces: list[bytes] = []
+    for at, wanted in arriving(descriptor, offset, nbytes):
+        end = at + wanted
+        while at < end:
+            piece = os.pread(descriptor, end - at, at)
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
+            at += len(piece)  # noqa: PLW2901
     return b"".join(pieces)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from ckptconv.formats.containers import contents_from_tree
 from ckptconv.formats.pickle_machine import MAX_PICKLE, run
 from ckptconv.formats.rebuilding import StorageRef, storage_dtype
 from ckptconv.formats.strict import allowance, opened, parse_json, read_at, read_up_to
+from ckptconv.places.presence import announce, keeper_of
 
 #: docs/limits.md; both grow with the file as the pickle's limits do.
 MAX_RECORDS = 200_000
@@ -178,6 +179,7 @@ def directory(descriptor: int, base: int = 0, size: int | None = None) -> dict[s
     prefix, at = None, 0
     spans: list[tuple[int, int, str]] = []
     window = _Window(descriptor)
+    announce(((descriptor, base + at, nbytes) for at, nbytes in _headers(central, count)), once=True)
     for _ in range(count):
         if at + _CENTRAL.size > length:
             raise _bad("the archive's directory is cut off", code="CK302")
@@ -293,17 +295,33 @@ def _name(raw: bytes) -> str:
     return name
 
 
+def _headers(central: bytes, count: int) -> Iterator[tuple[int, int]]:
+    """Where the records' own headers are, as far as the directory can be believed: from a store they come many at a time."""
+    at = 0
+    for _ in range(count):
+        if at + _CENTRAL.size > len(central):
+            return
+        *_, packed, plain, name_n, extra_n, comment_n, _, _, _, header = _CENTRAL.unpack_from(central, at)
+        at += _CENTRAL.size + name_n
+        try:
+            yield _wide(central[at : at + extra_n], packed, plain, header)[2], 30 + name_n
+        except Refusal:
+            return  # whoever reads the directory says why
+        at += extra_n + comment_n
+
+
 class _Window:
     """Reads headers that lie close together in one go: those of a file of many small tensors."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._at, self._held, self._last = 0, b"", -_NEAR
+        self._is_here = keeper_of(descriptor) is None  # from a store, the headers come alone
 
     def read(self, nbytes: int, offset: int) -> bytes:
         """What there is of ``nbytes`` at ``offset``."""
         if not self._at <= offset <= offset + nbytes <= self._at + len(self._held):
-            near = 0 <= offset - self._last < _NEAR
+            near = self._is_here and 0 <= offset - self._last < _NEAR
             self._at, self._held = offset, read_up_to(self._descriptor, max(nbytes, 64 * _NEAR if near else 0), offset)
         self._last = offset
         start = offset - self._at

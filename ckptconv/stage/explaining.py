@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptconv.errors import CkptconvError, Problem, printable
+from ckptconv.errors import CkptconvError, Problem, named, printable
 from ckptconv.explain.sides import FileFacts, Part
 from ckptconv.explain.trying import Question
 from ckptconv.formats.base import Container, Contents, Foreign
@@ -30,10 +30,10 @@ def open_for_explaining(path: Path, select: Sequence[str] = (), config: Path | N
         containers = [choose(contents, select, path)] if select else list(contents.containers.values())
     except CkptconvError as error:
         size = path.stat().st_size if path.is_file() else 0
-        return Opened(FileFacts(str(path), "", size), problems=error.problems)
+        return Opened(FileFacts(named(path), "", size), problems=error.problems)
     parts = tuple(_part(container, contents) for container in containers)
     facts = FileFacts(
-        str(path), contents.format, sum(file.stat().st_size for file in contents.files), len(contents.files), parts,
+        named(path), contents.format, sum(file.stat().st_size for file in contents.files), len(contents.files), parts,
         _beside(contents), dict(contents.skipped), _optimizer(contents.tree) if not parts else None, dict(contents.metadata),
     )  # fmt: skip
     question = Question(

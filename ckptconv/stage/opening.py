@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ckptconv import formats, target
 from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, UsageError, printable
-from ckptconv.formats.base import Composite, Container, Contents, Placed
+from ckptconv.formats.base import INDEX_SUFFIX, Composite, Container, Contents, Placed
 from ckptconv.formats.strict import cannot_open, identities_below
 from ckptconv.names import nearest
+from ckptconv.places.presence import bring
+from ckptconv.places.visiting import is_remote, look_beside, near
 from ckptconv.spec import Manifest
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 #: bytes (docs/limits.md)
 MAX_CONFIG, MAX_PLAN = 16 << 20, 64 << 20
 MAX_LOOK_ALIKES = 5
+_CONFIGS = ("config.json", "adapter_config.json", "params.json")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
@@ -131,7 +134,7 @@ def named_paths(items: Iterable[str] | Mapping[str, Any]) -> dict[str, Path]:
             raise UsageError(
                 Problem("CK107", f"--also {printable(name)}={printable(path)}: want NAME=PATH, each name once", try_="--also adapter=lora/")
             )
-        found[name] = Path(path)
+        found[name] = near(path)
     return found
 
 
@@ -165,7 +168,7 @@ def choose(contents: Contents, select: Sequence[str], path: Path) -> Container:
 def read_json(path: Path, what: str, limit: int) -> Any:
     """Plain JSON from a file of at most ``limit`` bytes; :class:`~ckptconv.errors.UsageError` for anything else."""
     try:
-        with path.open("rb") as stream:
+        with bring(path).open("rb") as stream:
             raw = stream.read(limit + 1)
         if len(raw) > limit:
             raise ValueError(f"the file is over {limit >> 20} MiB")
@@ -180,7 +183,8 @@ def read_json(path: Path, what: str, limit: int) -> Any:
 def config_beside(path: Path) -> Path | None:
     """The config that lies in a checkpoint's folder, or beside its file: ``config.json``, PEFT's ``adapter_config.json``, Meta's ``params.json``."""
     folder = path if path.is_dir() else path.parent
-    return next((folder / name for name in ("config.json", "adapter_config.json", "params.json") if (folder / name).is_file()), None)
+    look_beside(path, _CONFIGS)
+    return next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
 
 
 def config_for(path: Path, given: Path | None) -> Mapping[str, Any] | None:
@@ -215,6 +219,8 @@ def parse_target(text: str, rules: RuleFile | None, source: Path | None, *, allo
     if rules is None:
         return target.parse(text, origin="command line", base=None)
     base = None if source is None else source if source.is_dir() else source.parent
+    if base is not None and not text.endswith(".json"):
+        bring(base / "config.json")  # another process builds the model from it
     if text.endswith(".json"):
         base = rules.folder
     return target.parse(text, origin="rule file", base=base, allow_code=allow_code)
@@ -222,7 +228,7 @@ def parse_target(text: str, rules: RuleFile | None, source: Path | None, *, allo
 
 def manifest_of_word(word: str, select: Sequence[str] = (), timeout: float = 300.0) -> Manifest:
     """The manifest that a word of ``diff`` means: a checkpoint, a saved manifest, or a target."""
-    path = Path(word)
-    if path.exists() and path.suffix != ".json":
+    path = near(word)
+    if path.exists() and (path.suffix != ".json" or (is_remote(word) and path.name.endswith(INDEX_SUFFIX))):
         return open_source(path, select).container.manifest
     return target.manifest_of(target.parse(word, origin="command line", base=None), timeout=timeout)

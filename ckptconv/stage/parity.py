@@ -12,6 +12,7 @@ from ckptconv import target
 from ckptconv.compare import Comparison
 from ckptconv.errors import Problem, UsageError, printable
 from ckptconv.names import nearest
+from ckptconv.places.presence import bring
 from ckptconv.plan import Plan
 from ckptconv.stage.opening import Source
 from ckptconv.verify.parity import ParityRequest, Side, correspondence
@@ -37,6 +38,8 @@ class Parity:
 
         What the rule lets the target miss, the loader is told; and what a step drops need not belong to the source's model.
         """
+        for file in (*(source.files if source is not None else ()), *(weights.glob("*") if weights.is_dir() else (weights,))):
+            bring(file)  # another process reads them
         theirs = None
         if self.source is not None:
             if plan is None or source is None:

@@ -33,6 +33,8 @@ from ckptconv.layout import (
 )
 from ckptconv.memory import plan_peak
 from ckptconv.names import collapse
+from ckptconv.places.presence import bring, keeper_of
+from ckptconv.places.visiting import recorded_place
 from ckptconv.plan import Read, reads
 from ckptconv.ranges import phases_of
 from ckptconv.stage.preparing import Options, Prepared
@@ -185,9 +187,9 @@ def conclude(made: Conversion, place: Place, opened: Sources, receipt: Receipt, 
         _check_finite(prepared, folder if made.shape.is_folder else files[0], options)
     ladder, source_digest = Ladder(), ""
     if options.level is not None:
-        digests = digest_tensors(opened, source.placed, threads=options.threads, known=receipt.source_digests, checked=receipt.checked,
+        digests = digest_tensors(opened, _compared(prepared), threads=options.threads, known=receipt.source_digests, checked=receipt.checked,
                                  progress=meter.counted("reading"))  # fmt: skip
-        source_digest = content_digest(source.manifest, digests)
+        source_digest = content_digest(source.manifest, digests) if len(digests) == len(source.placed) else ""
         ladder = climb(_evidence(prepared, made.shape, folder, files, digests, receipt, options, meter.counted("verifying")), options.level)
     opened.check_unchanged()
     if ladder.failed is not None:
@@ -292,6 +294,7 @@ def _metadata(prepared: Prepared) -> dict[str, str]:
         OURS + "version": __version__,
         OURS + "rules": prepared.label,
         OURS + "rules_digest": f"sha256:{prepared.rules_digest}",
+        **({OURS + "source": place} if (place := recorded_place(prepared.source.path)) else {}),
         OURS + "source_digest": "pending".ljust(_DIGEST_WIDTH),
         OURS + "verified": "pending".ljust(_PROVED_WIDTH),
         **({OURS + "optimizer": prepared.optimizer.word} if prepared.optimizer is not None else {}),
@@ -337,7 +340,7 @@ def _copy_neighbours(neighbours: Iterable[Path], place: Place) -> None:
     """config.json, tokenizer and the like come along when a folder becomes a folder."""
     for neighbour in neighbours:
         try:
-            shutil.copyfile(neighbour, place.path_of(neighbour.name))
+            shutil.copyfile(bring(neighbour), place.path_of(neighbour.name))
         except OSError as error:
             raise OutputError(
                 Problem("CK503", f"{printable(neighbour.name)} cannot be copied along: {error.strerror or error}",
@@ -366,7 +369,17 @@ class Meter:
 def _untouched_nbytes(prepared: Prepared) -> int:
     """Bytes of the source's tensors that no output reads, and that are read for the source's digest alone."""
     used = {name for output in prepared.plan.stored for name in reads(output.expr)}
-    return sum(placed.spec.nbytes for name, placed in prepared.source.placed.items() if name not in used)
+    return sum(placed.spec.nbytes for name, placed in _compared(prepared).items() if name not in used)
+
+
+def _compared(prepared: Prepared) -> Mapping[str, Placed]:
+    """What of the source is read for its digests: all of it where it is here; from a store only what an output needs."""
+    source = prepared.source
+    if not any(keeper_of(file) for file in source.files):
+        return source.placed
+    used = {name for output in (*prepared.plan.outputs, *prepared.plan.stored) for name in reads(output.expr)}
+    aliases = source.manifest.aliases
+    return {name: placed for name, placed in source.placed.items() if aliases.get(name, name) in used}
 
 
 def _named(layout: Layout, place: Place) -> list[FileLayout]:

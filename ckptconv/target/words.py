@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from ckptconv.errors import Problem, UsageError, printable
+from ckptconv.errors import Problem, UsageError, named, printable
+from ckptconv.places.presence import bring
+from ckptconv.places.visiting import is_remote, near
 
 _PY = re.compile(r"([A-Za-z_][\w]*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 _CLASS = re.compile(r"[A-Za-z_]\w*")
@@ -50,6 +52,8 @@ def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path
 
     Raises :class:`~ckptconv.errors.UsageError`: CK107 for what is no target, CK106 for what only the command line may say.
     """
+    if origin == "command line" and is_remote(text):
+        return _elsewhere(text)
     kind, colon, rest = text.partition(":")
     if colon and kind in _MODELS:
         name, _, query = (rest, "", "") if kind == "hf" else rest.partition("?")
@@ -85,6 +89,15 @@ def parse(text: str, *, origin: Literal["command line", "rule file"], base: Path
                     try_="py:module:factory, timm:NAME, hf:FOLDER, a checkpoint, or a manifest saved by `ckptconv inspect --save-manifest`")
         )  # fmt: skip
     return Target("manifest" if path.suffix == ".json" and not path.name.endswith(".index.json") else "checkpoint", text, text, (), base)
+
+
+def _elsewhere(text: str) -> Target:
+    """A snapshot of the hub is the model that its config describes; every other URL is a checkpoint, or a saved manifest."""
+    path = near(text)
+    if text.lower().startswith("hf:") and path.is_dir():
+        return Target("hf", named(text), str(path))
+    saved = path.suffix == ".json" and not path.name.endswith(".index.json")
+    return Target("manifest" if saved else "checkpoint", named(text), str(bring(path) if saved else path))
 
 
 def _confined(name: str, text: str, origin: str) -> None:

@@ -19,6 +19,7 @@ from ckptconv.execute.digest import digest_spans, digest_tensors
 from ckptconv.execute.sources import Sources
 from ckptconv.formats.base import Container, Placed
 from ckptconv.names import collapse
+from ckptconv.places.presence import bring
 from ckptconv.plan import Apply, Fill, Output, Plan, Read, reads
 from ckptconv.ranges import as_spans
 from ckptconv.spec import Manifest
@@ -170,6 +171,8 @@ class _Climb:
         if other:
             shown = ", ".join(str(template) for template in collapse(other)[:3])
             return Rung(2, "skipped", f"the rule allows other shapes than the model's, which nothing can load: {printable(shown)}")
+        for file in evidence.files:
+            bring(file)  # another process reads them
         # What the rule lets through on purpose is told to the loader; everything else must be as strict as torch can be.
         with evidence.builder or Builder(evidence.target) as builder:
             result = builder.strict_load(evidence.files, evidence.format, timeout=evidence.timeout,

@@ -15,7 +15,7 @@ try:
     main()
 except SystemExit as done:
     code = done.code
-heavy = [name for name in ("torch", "numpy", "safetensors", "einops", "timm", "transformers") if name in sys.modules]
+heavy = [name for name in ("torch", "numpy", "safetensors", "einops", "timm", "transformers", "fsspec", "huggingface_hub", "asyncio") if name in sys.modules]
 print("HEAVY", heavy, "CODE", code)
 """
 
