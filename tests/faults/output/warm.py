@@ -44,7 +44,9 @@ def serve():
     import ckptconv.api
     import ckptconv.cli
     import ckptconv.cli.streams
-    import ckptconv.report.text  # noqa: F401
+    import ckptconv.report.text
+    import ckptconv.ruleset.model
+    import ckptconv.stage.planfile  # noqa: F401
 
     gc.freeze()
     jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
