@@ -160,6 +160,22 @@ def test_small_files_go_together_and_large_ones_stay_alone():
     ]
 
 
+def test_the_rest_of_a_large_file_does_not_go_with_the_next():
+    manifest, placed = source([6, 1, 2])
+    plan = Plan(manifest, tuple(Output(name, Read(name, found)) for name, found in manifest.tensors.items()))
+    tasks = cut(plan, laid(plan, placed, 240, True), placed, 200)
+    assert [task.outputs for task in tasks.tasks] == [("s.0",), ("s.1",), ("s.2",)]
+
+
+def test_two_names_of_one_tensor_are_read_together():
+    manifest, placed = source([4, 4, 4])
+    placed["s.2"] = placed["s.0"]
+    plan = Plan(manifest, tuple(Output(name, Read(name, found)) for name, found in manifest.tensors.items()))
+    tasks = cut(plan, laid(plan, placed, None, False), placed, 1)
+    assert [task.outputs for task in tasks.tasks] == [("s.0", "s.2"), ("s.1",)]
+    assert tasks.read_amplification == 1
+
+
 def test_kept_tensors_are_tasks_too():
     manifest, placed = source([4, 4])
     plan = Plan(manifest, tuple(Output(name, Read(name, found)) for name, found in list(manifest.tensors.items())[:1]))

@@ -8,10 +8,12 @@ import threading
 
 import pytest
 import torch
+import xxhash
 
 import ckptconv
 from ckptconv import api
 from ckptconv.errors import FitError, InputError, OutputError
+from ckptconv.execute.staging import Staging
 from ckptconv.stage import working
 from ckptconv.stage.planfile import How, open_job
 
@@ -135,7 +137,23 @@ def receipt(job, change):
     path.write_text(json.dumps(data))
 
 
+def other_tensors(job):
+    """Right in itself, but about a tensor of another task."""
+    _, details = job.read(2)
+    name, *_ = details.digests
+    renamed = details.model_copy(update={"digests": {"other": details.digests[name]}})
+    raw = renamed.model_dump_json()
+    receipt(job, lambda data: data.update(details=json.loads(raw), digest=xxhash.xxh3_128_hexdigest(raw.encode())))
+
+
+def no_checksums(job):
+    _, details = job.read(2)
+    raw = details.model_copy(update={"crc32": {}}).model_dump_json()
+    receipt(job, lambda data: data.update(details=json.loads(raw), digest=xxhash.xxh3_128_hexdigest(raw.encode())))
+
+
 DAMAGES = {
+    "other tensors": (other_tensors, "task 2: its receipt is about other tensors"),
     "bytes": (damaged_bytes, "task 2: the bytes that it wrote are not there any more"),
     "a digest": (lambda job: receipt(job, lambda data: data["details"]["digests"].update({job.tasks.tasks[2].outputs[0]: "0" * 32})), "task 2: its receipt is damaged"),
     "not JSON": (lambda job: (job.folder.receipts / "000002.json").write_text("{"), "task 2: its receipt is damaged"),
@@ -165,6 +183,15 @@ def test_a_damaged_task_is_named_and_only_that_is_done_again(shards, damage, ver
     api.finish(shards.plan)
     assert shards.contents() == (shards.wanted if verify == "auto" else shards.contents())
     assert shards.left() == []
+
+
+def test_a_receipt_without_the_checksums_that_the_format_wants(file):
+    job = open_job(file.planned())
+    api.work(file.plan)
+    no_checksums(job)
+    with pytest.raises(FitError) as raised:
+        api.finish(file.plan)
+    assert raised.value.problems[0].what == "task 2: its receipt lacks checksums"
 
 
 def test_a_file_that_was_cut_is_made_whole_again(shards):
@@ -293,7 +320,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_resume_is_refused_where_something_changed(file, change, monkeypatch):
+def test_resume_is_refused_where_something_changed(file, change, monkeypatch, snapshot):
     object.__setattr__(file, "monkeypatch", monkeypatch)
     settings = {"task_size": "300", "resume": True}
     do = working.Job.do
@@ -310,9 +337,11 @@ def test_resume_is_refused_where_something_changed(file, change, monkeypatch):
     deed, more, what = CHANGES[change]
     deed(file)
     work = file.folder / ".out.pth.ckptconv-work"
+    before = snapshot(work)
     with pytest.raises(OutputError) as raised:
         ckptconv.run(file.folder / "many.yaml", file.folder / "in.pth", file.out, **settings | more)
     (problem,) = raised.value.problems
+    assert snapshot(work) == before
     assert (problem.code, problem.what, problem.where) == (
         "CK507",
         f"the work that is under way was begun with something else: {what}",
@@ -322,6 +351,15 @@ def test_resume_is_refused_where_something_changed(file, change, monkeypatch):
     report = ckptconv.run(file.folder / "many.yaml", file.folder / "in.pth", file.out, **settings | more, force=True)
     assert not any("kept" in note for note in report.notes)
     assert file.left() == []
+
+
+def test_work_is_refused_while_a_plain_run_makes_the_same_output(file):
+    plan = file.planned()
+    with Staging(file.out, is_folder=False, force=False) as staging:
+        with pytest.raises(OutputError) as raised:
+            api.work(plan)
+        assert (raised.value.problems[0].code, raised.value.problems[0].found) == ("CK506", staging.path.name)
+    api.work(plan)
 
 
 def test_force_does_not_take_away_what_somebody_works_on(file):
