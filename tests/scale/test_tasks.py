@@ -117,7 +117,7 @@ def test_what_is_sliced_counts_as_its_slices_and_what_is_computed_as_its_tensors
     plan = Plan(manifest, (*made_of("rows", "r", [rows])[:1], *made_of("fused", "f", [fused])[:1]))
     tasks = cut(plan, laid(plan, placed, None, False), placed, 1)
     assert [(task.outputs, task.read_nbytes, task.written_nbytes) for task in tasks.tasks] == [(("r.0",), 32, 32), (("f.a",), 128, 64)]
-    assert [task.peak_nbytes for task in tasks.tasks] == [0, 128 + 128]
+    assert [(task.peak_nbytes, task.computes) for task in tasks.tasks] == [(0, False), (128 + 128, True)]
     assert tasks.tasks[0].memory_nbytes(2) < tasks.tasks[1].memory_nbytes(2)
 
 

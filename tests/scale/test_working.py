@@ -13,6 +13,7 @@ import xxhash
 import ckptconv
 from ckptconv import api
 from ckptconv.errors import FitError, InputError, OutputError
+from ckptconv.execute import workfolder
 from ckptconv.execute.staging import Staging
 from ckptconv.stage import working
 from ckptconv.stage.planfile import How, open_job
@@ -407,6 +408,33 @@ def test_finish_publishes_over_what_stands_there_only_when_it_is_told(shards):
     with pytest.raises(OutputError):
         api.work(plan)
     api.finish(plan, force=True)
+    assert shards.contents() == shards.wanted
+    assert shards.left() == []
+
+
+def test_who_is_killed_after_publishing_leaves_what_the_next_one_takes_away(shards, monkeypatch):
+    """The new output stands; what it replaced lies in the work folder, and is not taken for staged files."""
+    plan = shards.planned()
+    shards.out.mkdir()
+    (shards.out / "model.safetensors").write_text("old")
+    api.work(plan, force=True)
+
+    def killed(_work):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workfolder, "remove_work", killed)
+        with pytest.raises(KeyboardInterrupt):
+            api.finish(plan, force=True)
+    assert shards.contents() == shards.wanted
+    assert shards.left() == [".out.ckptconv-work"]
+    status = api.status(plan)
+    assert (status.begun, status.stands) == (False, True)
+    with pytest.raises(FitError) as raised:
+        api.finish(plan, force=True)
+    assert raised.value.problems[0].what == "no task is done: the work is not begun"
+    assert shards.contents() == shards.wanted
+    ckptconv.run(shards.folder / "many.yaml", shards.folder / "in", shards.out, force=True, **shards.options)
     assert shards.contents() == shards.wanted
     assert shards.left() == []
 
