@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import ckptconv
 from ckptconv import api
 from ckptconv.errors import FitError, InputError, OutputError
 from ckptconv.execute import workfolder
+from ckptconv.execute.claims import Claims
 from ckptconv.execute.staging import Staging
 from ckptconv.stage import working
 from ckptconv.stage.planfile import How, open_job
@@ -383,6 +385,47 @@ def test_a_source_that_changes_while_it_is_worked_on(file):
             command(plan)
         assert raised.value.problems[0].code == "CK311"
     assert not file.out.exists()
+
+
+def test_no_worker_asks_for_space_by_writing_where_others_write(file, monkeypatch):
+    """Where a filesystem cannot promise space, the C library reads a byte and writes it back: somebody else's, by then."""
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("bytes of others may be lost"))
+    api.work(file.planned())
+
+
+def test_a_source_that_changes_in_the_middle_of_a_task_leaves_no_receipt(file, monkeypatch):
+    fill = working.fill
+
+    def changed_meanwhile(*rest, **more):
+        filled = fill(*rest, **more)
+        touched(file)
+        return filled
+
+    plan = file.planned()
+    monkeypatch.setattr(working, "fill", changed_meanwhile)
+    with pytest.raises(InputError) as raised:
+        api.work(plan)
+    assert raised.value.problems[0].code == "CK311"
+    work = file.folder / ".out.pth.ckptconv-work"
+    assert os.listdir(work / "receipts") == os.listdir(work / "claims") == []
+
+
+def test_finish_waits_for_who_still_does_a_task_that_another_has_done(file):
+    """A straggler writes the same bytes, but not into what is being verified."""
+    plan = file.planned()
+    api.work(plan)
+    job = open_job(plan)
+    finishing = threading.Thread(target=api.finish, args=(plan,))
+    with Claims(job.folder.claims, job.about).take("000003") as got:
+        assert got
+        finishing.start()
+        while not (job.folder.claims / "finish").exists():
+            time.sleep(0.01)
+        finishing.join(0.5)
+        assert finishing.is_alive()
+        assert not file.out.exists()
+    finishing.join(60)
+    assert file.contents() == file.wanted
 
 
 def test_truth_values_are_checked_by_task_and_all_of_them_at_the_end(file, monkeypatch):
