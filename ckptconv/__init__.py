@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ckptconv._version import __version__
 
 if TYPE_CHECKING:
-    from ckptconv.api import batch, check, convert, diff, explain, inspect, load, plan, run, suggest, verify
+    from ckptconv.api import batch, check, convert, diff, explain, finish, inspect, load, plan, run, status, suggest, verify, work
     from ckptconv.errors import CkptconvError, FitError, InputError, OutputError, Problem, UsageError
 
 __all__ = [
     "CkptconvError", "FitError", "InputError", "OutputError", "Problem", "UsageError",
-    "__version__", "batch", "check", "convert", "diff", "explain", "inspect", "load", "plan", "run", "suggest", "verify",
+    "__version__", "batch", "check", "convert", "diff", "explain", "finish", "inspect", "load", "plan", "run", "status", "suggest", "verify", "work",
 ]  # fmt: skip
 
 

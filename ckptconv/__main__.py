@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ckptconv.signals import Signalled, let_go, listen
+from ckptconv.signals import Signalled, let_go, listen, received
 
 
 def main() -> None:
@@ -14,10 +14,12 @@ def main() -> None:
         listen()
         code = _run()
         let_go()
-    except Signalled as signalled:
+    except (Signalled, Exception) as error:
+        if not received:
+            raise
         let_go()
         sys.stderr.write("interrupted: the output is whole, or as it was before\n")
-        code = 128 + signalled.number
+        code = 128 + (error.number if isinstance(error, Signalled) else received[-1])
     sys.exit(code)
 
 

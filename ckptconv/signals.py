@@ -18,7 +18,12 @@ class Signalled(BaseException):
         self.number = number
 
 
+#: The numbers of the signals that were raised. A library that calls us back may put an error of its own in the place of what we raise.
+received: list[int] = []
+
+
 def _raise(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (a signal handler's signature)
+    received.append(number)
     raise Signalled(number)
 
 

@@ -29,12 +29,13 @@ class Task:
     files: tuple[str, ...]  #: output files that they lie in
     read_nbytes: int  #: of the source, each byte counted once
     written_nbytes: int
-    peak_nbytes: int  #: of tensors that are alive at once, for the largest island; 0 where everything is copied
+    peak_nbytes: int  #: of tensors that are alive at once, for the largest island
+    computes: bool  #: something of it is more than bytes of the source
 
     def memory_nbytes(self, threads: int) -> int:
         """The most that a process needs for this task with ``threads`` workers, everything included."""
         peak = self.peak_nbytes
-        return min(threads * peak, peak + BESIDE_NBYTES if peak else 0) + fixed_nbytes(threads, computes=peak > 0)
+        return min(threads * peak, peak + BESIDE_NBYTES) + fixed_nbytes(threads, computes=self.computes)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Tasks:
     def share(self, index: int, of: int) -> tuple[int, ...]:
         """The numbers of the tasks that worker ``index`` (from 0) of ``of`` does: neighbours, which have sources in common.
 
-        >>> nothing = Task(0, (), (), 0, 0, 0)
+        >>> nothing = Task(0, (), (), 0, 0, 0, False)
         >>> [Tasks((nothing,) * 5, 0).share(index, 2) for index in range(2)]
         [(0, 1, 2), (3, 4)]
         """
@@ -141,7 +142,8 @@ def cut(plan: Plan, layout: Layout, placed: Mapping[str, Placed], task_nbytes: i
         files = tuple(layout.files[at].name for at in sorted({home[output.name] for output in mine}))
         tasks.append(
             Task(number, tuple(output.name for output in mine), files, _nbytes(_united(each for unit in units for each in unit.ranges)),
-                 sum(unit.written_nbytes for unit in units), max(unit.peak_nbytes for unit in units))
+                 sum(unit.written_nbytes for unit in units), max(unit.peak_nbytes for unit in units),
+                 any(reading[output.name].computed for output in mine))
         )  # fmt: skip
     return Tasks(tuple(tasks), _nbytes(_united(each for units in packed for unit in units for each in unit.ranges)))
 

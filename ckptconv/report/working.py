@@ -47,7 +47,7 @@ def print_status(found: Status, console: Console, verbose: int = 0) -> None:
     amplification = f"{nbytes_text(tasks.read_nbytes)} of the source are read {tasks.read_amplification:.2f} times in all"
     console.print(Text(f"  reads    {amplification}", "dim"))
     if not found.begun:
-        console.print(Text("  not begun"))
+        console.print(Text("  nothing is under way, and something stands at the destination" if found.stands else "  not begun"))
         return
     console.print(Text(f"  work     {printable(found.work)}", "dim"))
     share = found.done_nbytes / tasks.written_nbytes if tasks.written_nbytes else 1.0

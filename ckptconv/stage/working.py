@@ -276,6 +276,7 @@ class Status:
     destination: str
     order: str
     begun: bool
+    stands: bool  #: something is at the destination: the output, where it was published
     tasks: Tasks
     done: Mapping[int, TaskReceipt]
     damaged: Mapping[int, str]
@@ -300,7 +301,7 @@ class Status:
     def to_json(self) -> dict[str, Any]:
         by_state = {state: [number for number, found in self.claims.items() if found.state == state] for state in ("claimed", "stale")}
         return {
-            "ckptconv_status": 1, "work": self.work, "destination": self.destination, "order": self.order, "begun": self.begun,
+            "ckptconv_status": 1, "work": self.work, "destination": self.destination, "order": self.order, "begun": self.begun, "stands": self.stands,
             "tasks": len(self.tasks.tasks), "done": sorted(self.done), "claimed": by_state["claimed"], "stale": by_state["stale"],
             "missing": list(self.missing), "damaged": {str(number): what for number, what in self.damaged.items()},
             "nbytes": self.tasks.written_nbytes, "done_nbytes": self.done_nbytes, "read_nbytes": self.tasks.read_nbytes,
@@ -333,7 +334,7 @@ def status(job: Job, *, lease: float = LEASE_SECONDS) -> Status:
             if claim is not None:
                 claims[number] = claim
     return Status(
-        printable(job.folder.work), printable(job.made.destination), job.fingerprint, begun, job.tasks, done, damaged, claims, _rate(job, ends, done)
+        printable(job.folder.work), printable(job.made.destination), job.fingerprint, begun, os.path.lexists(job.made.destination), job.tasks, done, damaged, claims, _rate(job, ends, done)
     )  # fmt: skip
 
 
@@ -389,7 +390,7 @@ def order_of(made: Conversion, tasks: Tasks) -> dict[str, str]:
     """Everything that decides which bytes go where, part by part, as digests or words."""
     source = made.prepared.source
     return {
-        "ckptconv": __version__, "torch": torch_version() if any(task.peak_nbytes for task in tasks.tasks) else "not needed",
+        "ckptconv": __version__, "torch": torch_version() if any(task.computes for task in tasks.tasks) else "not needed",
         "rules": f"{made.prepared.label} {made.prepared.rules_digest}", "plan": _digest(_meaning(made.prepared.plan)),
         "source": _digest([source.container.path, identities(made)]), "layout": _digest(_places(made.layout)),
         "tasks": _digest([task.outputs for task in tasks.tasks]),

@@ -6,7 +6,9 @@ or fail (``output/faulty.py``). Who is killed is killed with SIGKILL, in the mid
 
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,9 +40,6 @@ class Place:
 
     def __init__(self, folder, commands):
         self.folder, self.commands = folder, commands
-        torch.save({f"module.layers.{at}.w": torch.full((1000,), float(at)) for at in range(TENSORS)}, folder / "in.pth")
-        self.ok("run", "dataparallel", "in.pth", "wanted", "--shard-size", "9kB", "--quiet")
-        self.ok(*PLAN)
 
     def run(self, *words, **options):
         return self.commands.run(*words, cwd=self.folder, **options)
@@ -88,11 +87,36 @@ class Place:
         assert not any(name.startswith(".out") for name in os.listdir(self.folder))
 
 
-@pytest.fixture
-def place(commands):
+@pytest.fixture(scope="module")
+def model(commands):
+    """The place that the others are copies of, and the number of the write with which a worker is in the middle of its second task."""
     # In memory where that can be: dozens of runs wait for hundreds of fsyncs otherwise.
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        yield Place(Path(folder), commands)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
+        made = Place(Path(name) / "model", commands)
+        made.folder.mkdir()
+        torch.save({f"module.layers.{at}.w": torch.full((1000,), float(at)) for at in range(TENSORS)}, made.folder / "in.pth")
+        made.ok("run", "dataparallel", "in.pth", "wanted", "--shard-size", "9kB", "--quiet")
+        made.ok(*PLAN)
+        made.ok("work", "plan.json", "--index", "0", "--of", "1", "--quiet")
+        writes = [path for call, path in commands.calls() if call == "write"]
+        second = [at for at, path in enumerate(writes, 1) if f"{WORK}/files/" in path][1]
+        shutil.rmtree(made.work)
+        yield made, second
+
+
+@pytest.fixture
+def place(model):
+    made, _ = model
+    folder = made.folder.with_name("place")
+    shutil.copytree(made.folder, folder)
+    yield Place(folder, made.commands)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def in_a_task(model):
+    """The start of a fault that strikes when a worker is in its second task."""
+    return f"write:{model[1]}:"
 
 
 def standing(deed):
@@ -108,26 +132,6 @@ def standing(deed):
                 raise
 
     return strike
-
-
-def writes(commands, *needles):
-    """The numbers, among all writes, of those into files whose path has one of these in it."""
-    paths = [path for name, path in commands.calls() if name == "write"]
-    return [at for at, path in enumerate(paths, 1) if any(needle in path for needle in needles)]
-
-
-def moments_of(place, *words):
-    """What a worker's calls are, from one that did everything in a copy of the place."""
-    place.ok(*words)
-    return writes(place.commands, f"{WORK}/files/")
-
-
-@pytest.fixture
-def in_a_task(place):
-    """Faults that strike when a worker is in its second task, with its bytes half there."""
-    at = moments_of(place, "work", "plan.json", "--index", "0", "--of", "1", "--quiet")[1]
-    subprocess.run(["rm", "-r", place.work], check=True)
-    return f"write:{at}:"
 
 
 def test_c147_a_worker_is_killed_in_a_task_and_the_others_finish_the_job(place, in_a_task):
@@ -155,7 +159,7 @@ def test_c148_everybody_is_killed_at_any_call_and_only_what_is_missing_is_done_a
     """One worker after the other, each killed at a later call; then one that is not; `finish` likewise."""
     place.ok("work", "plan.json", "--index", "0", "--of", "1", "--quiet")
     calls = len(place.commands.calls())
-    subprocess.run(["rm", "-r", place.work], check=True)
+    shutil.rmtree(place.work)
     before = {}
     for at in range(1, calls, max(calls // 20, 1)):
         assert place.run("work", "plan.json", "--index", "0", "--of", "1", "--quiet", fault=f"*:{at}:kill=9").code in (-signal.SIGKILL, 0)
@@ -331,7 +335,7 @@ RESUME = ["run", "dataparallel", "in.pth", "out", "--resume", "--task-size", "5k
 def test_c127_a_run_that_is_killed_goes_on_where_it_was(place):
     calls = len(place.ok(*RESUME, "--quiet") and place.commands.calls())
     place.is_right()
-    subprocess.run(["rm", "-r", place.folder / "out"], check=True)
+    shutil.rmtree(place.folder / "out")
     before = {}
     for at in range(2, calls, max(calls // 30, 1)):
         done = place.run(*RESUME, "--quiet", fault=f"*:{at}:kill=9")
@@ -349,13 +353,24 @@ def test_c127_a_run_that_is_killed_goes_on_where_it_was(place):
     place.is_right()
 
 
+def flip(place, value):
+    """One bit of the tensor that is full of this value, where it is staged."""
+    needle = struct.pack("<f", value) * 1000
+    (path,) = [path for path in (place.work / "files").iterdir() if needle in path.read_bytes()]
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(needle) + 2000] ^= 1
+    path.write_bytes(raw)
+
+
 def test_c127_only_where_digests_match(place, in_a_task):
     """What was damaged meanwhile is done again; with other rules or another source it is refused, and nothing is touched."""
-    assert place.run(*RESUME, fault=in_a_task.replace("write", "write") + "kill=9").code == -signal.SIGKILL
+    assert place.run(*RESUME, fault=in_a_task + "kill=9").code == -signal.SIGKILL
     while len(place.receipts()) < 3:
         assert place.run(*RESUME, fault=f"write:{len(place.receipts()) * 4 + 8}:kill=9").code == -signal.SIGKILL
     before = place.receipts()
-    first = sorted(before)[0]
+    first, second = sorted(before)[:2]
+    name = next(iter(json.loads((place.work / "receipts" / f"{second:06d}.json").read_text())["details"]["digests"]))
+    flip(place, float(name.split(".")[1]))
     path = place.work / "receipts" / f"{first:06d}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "order": "0" * 32}))
     for words in (["run", "other.yaml", *RESUME[2:]], [*RESUME, "--format", "safetensors"], [*RESUME, "--shard-size", "20kB"]):
@@ -363,6 +378,7 @@ def test_c127_only_where_digests_match(place, in_a_task):
         refused = place.run(*words)
         assert (refused.code, "[CK507]\n  the work that is under way was begun with something else: " in refused.err) == (5, True)
     done = place.ok(*RESUME)
-    assert f"{len(before) - 1} of {TENSORS} tasks were done before, checked and kept" in done.out
+    assert f"{len(before) - 2} of {TENSORS} tasks were done before, checked and kept" in done.out
+    assert f"done again: task {second}: the bytes that it wrote are not there any more" in done.out
     assert f"done again: task {first}: its receipt is of another plan, source or version" in done.out
     place.is_right()

@@ -23,6 +23,7 @@ steps:
   - concat: {from: ["l.{i:int}.a", "l.{i:int}.b"], to: "l.{i}.ab", dim: 1}
   - split: {from: "l.{i:int}.fused", to: "l.{i}.{x:gate|up2}", dim: 1}
   - rename: {norm: n}
+  - fill: {to: made, shape: [3], value: arange, dtype: int64}
   - drop: gone
 """
 LAYERS = 4

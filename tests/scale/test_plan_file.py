@@ -210,9 +210,11 @@ def test_a_target_that_is_code_must_stand_on_the_command_line(place):
     with pytest.raises(UsageError) as raised:
         api.finish(plan)
     assert (raised.value.problems[0].code, raised.value.problems[0].what) == ("CK106", "a plan file cannot name code as its target")
-    with pytest.raises(UsageError) as raised:
-        api.finish(changed(place, target=str(place.parent / "outside/model.json")))
-    assert raised.value.problems[0].code in ("CK106", "CK107")
+    api.save_manifest("in.pth", place.parent / "outside/model.json")
+    for target in (str(place.parent / "outside/model.json"), f"hf:{place.parent / 'outside'}#Model"):
+        with pytest.raises(UsageError) as raised:
+            api.finish(changed(place, target=target))
+        assert raised.value.problems[0].what == "the plan file names a path outside of the folders that it may use"
     assert not (place / "marker").exists()
     assert not (place / "out.pth").exists()
 

@@ -117,7 +117,7 @@ def test_what_is_sliced_counts_as_its_slices_and_what_is_computed_as_its_tensors
     plan = Plan(manifest, (*made_of("rows", "r", [rows])[:1], *made_of("fused", "f", [fused])[:1]))
     tasks = cut(plan, laid(plan, placed, None, False), placed, 1)
     assert [(task.outputs, task.read_nbytes, task.written_nbytes) for task in tasks.tasks] == [(("r.0",), 32, 32), (("f.a",), 128, 64)]
-    assert [task.peak_nbytes for task in tasks.tasks] == [0, 128 + 128]
+    assert [(task.peak_nbytes, task.computes) for task in tasks.tasks] == [(0, False), (128 + 128, True)]
     assert tasks.tasks[0].memory_nbytes(2) < tasks.tasks[1].memory_nbytes(2)
 
 
@@ -158,6 +158,22 @@ def test_small_files_go_together_and_large_ones_stay_alone():
     assert [task.files for task in cut(plan, layout, placed, 200).tasks] == [
         tuple(f"model-0000{at}-of-00006.safetensors" for at in group) for group in ((1, 2, 3), (4,), (5, 6))
     ]
+
+
+def test_the_rest_of_a_large_file_does_not_go_with_the_next():
+    manifest, placed = source([6, 1, 2])
+    plan = Plan(manifest, tuple(Output(name, Read(name, found)) for name, found in manifest.tensors.items()))
+    tasks = cut(plan, laid(plan, placed, 240, True), placed, 200)
+    assert [task.outputs for task in tasks.tasks] == [("s.0",), ("s.1",), ("s.2",)]
+
+
+def test_two_names_of_one_tensor_are_read_together():
+    manifest, placed = source([4, 4, 4])
+    placed["s.2"] = placed["s.0"]
+    plan = Plan(manifest, tuple(Output(name, Read(name, found)) for name, found in manifest.tensors.items()))
+    tasks = cut(plan, laid(plan, placed, None, False), placed, 1)
+    assert [task.outputs for task in tasks.tasks] == [("s.0", "s.2"), ("s.1",)]
+    assert tasks.read_amplification == 1
 
 
 def test_kept_tensors_are_tasks_too():

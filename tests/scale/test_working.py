@@ -5,13 +5,18 @@ import os
 import random
 import shutil
 import threading
+import time
 
 import pytest
 import torch
+import xxhash
 
 import ckptconv
 from ckptconv import api
 from ckptconv.errors import FitError, InputError, OutputError
+from ckptconv.execute import workfolder
+from ckptconv.execute.claims import Claims
+from ckptconv.execute.staging import Staging
 from ckptconv.stage import working
 from ckptconv.stage.planfile import How, open_job
 
@@ -135,7 +140,23 @@ def receipt(job, change):
     path.write_text(json.dumps(data))
 
 
+def other_tensors(job):
+    """Right in itself, but about a tensor of another task."""
+    _, details = job.read(2)
+    name, *_ = details.digests
+    renamed = details.model_copy(update={"digests": {"other": details.digests[name]}})
+    raw = renamed.model_dump_json()
+    receipt(job, lambda data: data.update(details=json.loads(raw), digest=xxhash.xxh3_128_hexdigest(raw.encode())))
+
+
+def no_checksums(job):
+    _, details = job.read(2)
+    raw = details.model_copy(update={"crc32": {}}).model_dump_json()
+    receipt(job, lambda data: data.update(details=json.loads(raw), digest=xxhash.xxh3_128_hexdigest(raw.encode())))
+
+
 DAMAGES = {
+    "other tensors": (other_tensors, "task 2: its receipt is about other tensors"),
     "bytes": (damaged_bytes, "task 2: the bytes that it wrote are not there any more"),
     "a digest": (lambda job: receipt(job, lambda data: data["details"]["digests"].update({job.tasks.tasks[2].outputs[0]: "0" * 32})), "task 2: its receipt is damaged"),
     "not JSON": (lambda job: (job.folder.receipts / "000002.json").write_text("{"), "task 2: its receipt is damaged"),
@@ -165,6 +186,15 @@ def test_a_damaged_task_is_named_and_only_that_is_done_again(shards, damage, ver
     api.finish(shards.plan)
     assert shards.contents() == (shards.wanted if verify == "auto" else shards.contents())
     assert shards.left() == []
+
+
+def test_a_receipt_without_the_checksums_that_the_format_wants(file):
+    job = open_job(file.planned())
+    api.work(file.plan)
+    no_checksums(job)
+    with pytest.raises(FitError) as raised:
+        api.finish(file.plan)
+    assert raised.value.problems[0].what == "task 2: its receipt lacks checksums"
 
 
 def test_a_file_that_was_cut_is_made_whole_again(shards):
@@ -293,7 +323,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_resume_is_refused_where_something_changed(file, change, monkeypatch):
+def test_resume_is_refused_where_something_changed(file, change, monkeypatch, snapshot):
     object.__setattr__(file, "monkeypatch", monkeypatch)
     settings = {"task_size": "300", "resume": True}
     do = working.Job.do
@@ -310,9 +340,11 @@ def test_resume_is_refused_where_something_changed(file, change, monkeypatch):
     deed, more, what = CHANGES[change]
     deed(file)
     work = file.folder / ".out.pth.ckptconv-work"
+    before = snapshot(work)
     with pytest.raises(OutputError) as raised:
         ckptconv.run(file.folder / "many.yaml", file.folder / "in.pth", file.out, **settings | more)
     (problem,) = raised.value.problems
+    assert snapshot(work) == before
     assert (problem.code, problem.what, problem.where) == (
         "CK507",
         f"the work that is under way was begun with something else: {what}",
@@ -322,6 +354,15 @@ def test_resume_is_refused_where_something_changed(file, change, monkeypatch):
     report = ckptconv.run(file.folder / "many.yaml", file.folder / "in.pth", file.out, **settings | more, force=True)
     assert not any("kept" in note for note in report.notes)
     assert file.left() == []
+
+
+def test_work_is_refused_while_a_plain_run_makes_the_same_output(file):
+    plan = file.planned()
+    with Staging(file.out, is_folder=False, force=False) as staging:
+        with pytest.raises(OutputError) as raised:
+            api.work(plan)
+        assert (raised.value.problems[0].code, raised.value.problems[0].found) == ("CK506", staging.path.name)
+    api.work(plan)
 
 
 def test_force_does_not_take_away_what_somebody_works_on(file):
@@ -344,6 +385,47 @@ def test_a_source_that_changes_while_it_is_worked_on(file):
             command(plan)
         assert raised.value.problems[0].code == "CK311"
     assert not file.out.exists()
+
+
+def test_no_worker_asks_for_space_by_writing_where_others_write(file, monkeypatch):
+    """Where a filesystem cannot promise space, the C library reads a byte and writes it back: somebody else's, by then."""
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("bytes of others may be lost"))
+    api.work(file.planned())
+
+
+def test_a_source_that_changes_in_the_middle_of_a_task_leaves_no_receipt(file, monkeypatch):
+    fill = working.fill
+
+    def changed_meanwhile(*rest, **more):
+        filled = fill(*rest, **more)
+        touched(file)
+        return filled
+
+    plan = file.planned()
+    monkeypatch.setattr(working, "fill", changed_meanwhile)
+    with pytest.raises(InputError) as raised:
+        api.work(plan)
+    assert raised.value.problems[0].code == "CK311"
+    work = file.folder / ".out.pth.ckptconv-work"
+    assert os.listdir(work / "receipts") == os.listdir(work / "claims") == []
+
+
+def test_finish_waits_for_who_still_does_a_task_that_another_has_done(file):
+    """A straggler writes the same bytes, but not into what is being verified."""
+    plan = file.planned()
+    api.work(plan)
+    job = open_job(plan)
+    finishing = threading.Thread(target=api.finish, args=(plan,))
+    with Claims(job.folder.claims, job.about).take("000003") as got:
+        assert got
+        finishing.start()
+        while not (job.folder.claims / "finish").exists():
+            time.sleep(0.01)
+        finishing.join(0.5)
+        assert finishing.is_alive()
+        assert not file.out.exists()
+    finishing.join(60)
+    assert file.contents() == file.wanted
 
 
 def test_truth_values_are_checked_by_task_and_all_of_them_at_the_end(file, monkeypatch):
@@ -369,6 +451,33 @@ def test_finish_publishes_over_what_stands_there_only_when_it_is_told(shards):
     with pytest.raises(OutputError):
         api.work(plan)
     api.finish(plan, force=True)
+    assert shards.contents() == shards.wanted
+    assert shards.left() == []
+
+
+def test_who_is_killed_after_publishing_leaves_what_the_next_one_takes_away(shards, monkeypatch):
+    """The new output stands; what it replaced lies in the work folder, and is not taken for staged files."""
+    plan = shards.planned()
+    shards.out.mkdir()
+    (shards.out / "model.safetensors").write_text("old")
+    api.work(plan, force=True)
+
+    def killed(_work):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workfolder, "remove_work", killed)
+        with pytest.raises(KeyboardInterrupt):
+            api.finish(plan, force=True)
+    assert shards.contents() == shards.wanted
+    assert shards.left() == [".out.ckptconv-work"]
+    status = api.status(plan)
+    assert (status.begun, status.stands) == (False, True)
+    with pytest.raises(FitError) as raised:
+        api.finish(plan, force=True)
+    assert raised.value.problems[0].what == "no task is done: the work is not begun"
+    assert shards.contents() == shards.wanted
+    ckptconv.run(shards.folder / "many.yaml", shards.folder / "in", shards.out, force=True, **shards.options)
     assert shards.contents() == shards.wanted
     assert shards.left() == []
 

@@ -71,6 +71,18 @@ def test_a_signal_that_python_swallows_comes_again():
     assert (done.returncode, done.stdout, done.stderr) == (143, "", INTERRUPTED)
 
 
+@pytest.mark.parametrize(("deed", "code", "said"), [("os.kill(os.getpid(), 15)", 143, INTERRUPTED), ("1 / 0", 1, "ValueError: theirs\n")])
+def test_a_signal_that_a_library_puts_an_error_of_its_own_in_place_of(deed, code, said):
+    """As pydantic does, where it calls back: it is the signal all the same. An error without one stays a fault of ours."""
+    run = (
+        f"import os\nfrom ckptconv import __main__\ndef run():\n try: {deed}\n except BaseException: raise ValueError('theirs') from None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", run + "__main__._run = run\n__main__.main()"], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr.endswith(said)
+    assert ("Traceback" in done.stderr) == (code == 1)
+
+
 def test_ended_at_random_moments(conversion):
     """A hundred moments in all, a thousand and more in a long run: not those between calls only, but any."""
     chance = random.Random(conversion.kind)

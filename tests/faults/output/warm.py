@@ -44,7 +44,11 @@ def serve():
     import ckptconv.api
     import ckptconv.cli
     import ckptconv.cli.streams
-    import ckptconv.report.text  # noqa: F401
+    import ckptconv.report.text
+    import ckptconv.stage.planfile  # noqa: F401
+    from ckptconv.ruleset import builtin
+
+    builtin.find("dataparallel")  # what reads rules is made when it is first asked for
 
     gc.freeze()
     jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
