@@ -14,9 +14,7 @@ from timing import Rounds
 HEAD = """# What `make bench` measured
 
 Every contender is a process of its own; all run one after the other in each round, with a warm cache, and the ratios are medians of the
-ratios within a round. Times are for this one kind of machine, ratios travel. Peak memory is the largest resident set of the process. Every
-contender makes its output anew: replacing an old one costs differently by how it is done. Before each that moves much, as much memory as it
-may need is written to and given back (`bench/timing.py` says why).
+ratios within a round. Times are for this one kind of machine, ratios travel. Peak memory is the largest resident set of the process.
 """
 
 

@@ -32,13 +32,10 @@ class Bench:
         self.folder, self.gigabytes, self.rounds, self.write = folder, gigabytes, rounds, write
         self._sections: dict[str, list[str]] = {}
 
-    def measure(
-        self, title: str, what: str, contenders: Mapping[str, Sequence[str]], base: str, musts: Sequence[Must], *, moves: bool = True
-    ) -> None:
-        """Runs the contenders, prints their table and adds it to the section ``title``. ``moves``: they write large files."""
+    def measure(self, title: str, what: str, contenders: Mapping[str, Sequence[str]], base: str, musts: Sequence[Must]) -> None:
+        """Runs the contenders, prints their table and adds it to the section ``title``."""
         print(f"{title}: {what}", file=sys.stderr)
-        touched = int((2 * self.gigabytes + 1) * 2**30) if moves else 0
-        found = Rounds(contenders, self.rounds, environment(self.folder), self.folder, touched)
+        found = Rounds(contenders, self.rounds, environment(self.folder), self.folder)
         text = f"{what[:1].upper()}{what[1:]}; {self.rounds} rounds on {machine(self.folder)}.\n\n{table(found, base, musts)}"
         print(text, flush=True)
         self._sections.setdefault(title, []).append(text)
@@ -162,7 +159,7 @@ def startup(bench: Bench) -> None:
         Must("--help", 0.2), Must("check, 2,000 lines", 0.5), Must("inspect .pth, 20,000 tensors", 0.6),
         Must("inspect .safetensors, 20,000 tensors", 0.6),
     ]  # fmt: skip
-    bench.measure("startup", "whole processes", contenders, "", musts, moves=False)
+    bench.measure("startup", "whole processes", contenders, "", musts)
     bench.clear()
 
 
@@ -176,7 +173,7 @@ def plan(bench: Bench) -> None:
         second: [*CKPTCONV, "plan", str(twenty), str(large)],
     }
     musts = [Must(first, 1.5), Must(second, 15), Must(second, 0, peak_mib=1.5e9 / 2**20)]
-    bench.measure("plan", "rename patterns over names", contenders, "", musts, moves=False)
+    bench.measure("plan", "rename patterns over names", contenders, "", musts)
     bench.clear()
 
 

@@ -12,12 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_TOUCH = """
-import ctypes, mmap, sys
-memory = mmap.mmap(-1, int(sys.argv[1]))
-ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, len(memory))
-"""
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -29,23 +23,13 @@ class Measured:
 
 
 class Rounds:
-    """What all contenders took, round by round. The first round warms the cache and is not counted.
+    """What all contenders took, round by round. The first round warms the cache and is not counted."""
 
-    ``touched`` is how many bytes of memory are written to and given back before each process, so that every one of them finds pages that
-    the machine really has. A virtual machine gives free pages back to its host, and who gets such a page pays for it: which process that
-    is, is luck, and it may double the time of a copy.
-    """
-
-    def __init__(
-        self, contenders: Mapping[str, Sequence[str]], rounds: int, environment: Mapping[str, str], folder: Path, touched: int = 0
-    ) -> None:
+    def __init__(self, contenders: Mapping[str, Sequence[str]], rounds: int, environment: Mapping[str, str], folder: Path) -> None:
         self.found: dict[str, list[Measured]] = {name: [] for name in contenders}
         before = _below(folder)
         for at in range(rounds + 1):
             for name, command in contenders.items():
-                os.sync()  # what the one before has written must not be paid for by this one
-                if touched:
-                    subprocess.run([sys.executable, "-c", _TOUCH, str(touched)], check=True)
                 measured = timed(command, environment)
                 # Every contender makes its output anew: replacing an old one costs differently by how it is done.
                 _remove(_below(folder) - before)
@@ -79,6 +63,7 @@ def _remove(paths: set[Path]) -> None:
 
 def timed(command: Sequence[str], environment: Mapping[str, str]) -> Measured:
     """Runs a command with nothing to say."""
+    os.sync()  # what the one before has written must not be paid for by this one
     started = time.perf_counter()
     process = subprocess.Popen(command, env=dict(environment), stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -16,6 +16,10 @@ from ckptconv.execute.cloning import clone
 from ckptconv.execute.sources import Sources, checksum_mismatch
 
 BLOCK = 1 << 20
+#: Of one write. Linux keeps what one call writes in one piece of memory where it can, and in a virtual machine whole megabytes of free memory
+#: are often not there: the host took them back, and gives them again page by page. Copying 2 GiB by whole megabytes took 0.5 to 2.4 s, by
+#: quarters always 0.5 s.
+_WRITE = 1 << 18
 _PART = 16 << 20  # a large range is cut into parts of this size, so that threads can share it
 _NEAR = 4096  # small ranges with no more than this between them are read in one go
 
@@ -257,4 +261,4 @@ def write_at(descriptor: int, offset: int, data: memoryview | bytes) -> None:
     view = memoryview(data).cast("B") if not isinstance(data, memoryview) else data
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
+        done += os.pwrite(descriptor, view[done : done + _WRITE], offset + done)
