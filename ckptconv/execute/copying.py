@@ -130,8 +130,18 @@ def _cut(copy: Copy) -> Iterator[Copy]:
         yield copy
         return
     (piece,) = copy.pieces
-    for at in range(0, piece.nbytes, _PART):
-        yield Copy(copy.destination + at, (Piece(piece.file, piece.offset + at, min(_PART, piece.nbytes - at)),))
+    for at, nbytes in _aligned(copy.destination, 0, piece.nbytes, _PART):
+        yield Copy(copy.destination + at, (Piece(piece.file, piece.offset + at, nbytes),))
+
+
+def _aligned(to: int, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """``start`` to ``stop`` of what goes to ``to``, as (at, bytes), cut where the destination is a multiple of ``step``: a write that begins
+    somewhere else is kept in many small pieces of memory."""
+    at = start
+    while at < stop:
+        nbytes = min(step - (to + at) % step, stop - at)
+        yield at, nbytes
+        at += nbytes
 
 
 class Copier:
@@ -161,22 +171,23 @@ class Copier:
         to = copy.destination
         for piece in copy.pieces:
             sums = self._sums(copy, piece)
+            wanted = [each for each in (sums, total) if each is not None] if copy.checked else []
             begin, end = self._cloned(piece, descriptor, to)
             for start, stop, is_there in ((0, begin, False), (begin, end, True), (end, piece.nbytes, False)):
                 if is_there and not copy.checked:
                     self._report(stop - start)
                     continue
-                for at in range(start, stop, BLOCK):
-                    if self._stop.is_set():
-                        return
-                    part = self._buffer[: min(BLOCK, stop - at)]
-                    self._sources.read_into(piece.file, piece.offset + at, part)
-                    sums.update(part)
-                    if total is not None:
-                        total.update(part)
-                    if not is_there:
-                        write_at(descriptor, to + at, part)
-                    self._report(len(part))
+                with self._sources.reading(piece.file) as read:
+                    for at, nbytes in _aligned(to, start, stop, BLOCK):
+                        if self._stop.is_set():
+                            return
+                        part = self._buffer[:nbytes]
+                        read(piece.offset + at, part)
+                        for each in wanted:
+                            each.update(part)
+                        if not is_there:
+                            write_at(descriptor, to + at, part)
+                        self._report(len(part))
             to += piece.nbytes
             self._note(copy, piece, sums)
         if total is not None:
@@ -261,4 +272,4 @@ def write_at(descriptor: int, offset: int, data: memoryview | bytes) -> None:
     view = memoryview(data).cast("B") if not isinstance(data, memoryview) else data
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + _WRITE], offset + done)
+        done += os.pwrite(descriptor, view[done : done + _WRITE - (offset + done) % _WRITE], offset + done)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -88,16 +90,25 @@ class Sources:
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from ``offset``; a short file is CK311, a disk that fails CK310."""
         with self.descriptors.use(file) as descriptor:
-            for at, nbytes in presence.arriving(descriptor, offset, len(buffer)):
-                done, end = at - offset, at - offset + nbytes
-                while done < end:
-                    try:
-                        count = os.preadv(descriptor, [buffer[done:end]], offset + done)
-                    except OSError as error:
-                        raise _unreadable(self.files[file], "read", error) from None
-                    if not count:
-                        raise _changed(self.files[file])
-                    done += count
+            self._read(file, descriptor, offset, buffer)
+
+    @contextmanager
+    def reading(self, file: int) -> Iterator[Callable[[int, memoryview], None]]:
+        """What :meth:`read_into` does, for many ranges of one file: a function of offset and buffer. The file stays open meanwhile."""
+        with self.descriptors.use(file) as descriptor:
+            yield partial(self._read, file, descriptor)
+
+    def _read(self, file: int, descriptor: int, offset: int, buffer: memoryview) -> None:
+        for at, nbytes in presence.arriving(descriptor, offset, len(buffer)):
+            done, end = at - offset, at - offset + nbytes
+            while done < end:
+                try:
+                    count = os.preadv(descriptor, [buffer[done:end]], offset + done)
+                except OSError as error:
+                    raise _unreadable(self.files[file], "read", error) from None
+                if not count:
+                    raise _changed(self.files[file])
+                done += count
 
     def read_tensor(self, placed: Placed) -> Tensor:
         """The tensor, contiguous, in memory of its own."""
