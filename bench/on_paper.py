@@ -24,6 +24,25 @@ TENSORS, SHARDS, SIDE = 96, 3, 1024
 
 
 @dataclass(frozen=True)
+class Case:
+    """A checkpoint of square tensors, and a store."""
+
+    tensors: int
+    side: int
+    shards: int
+    latency_s: float
+    bytes_per_s: float
+    fitted: bool = False  #: the model's figures of a store were chosen to fit it; the others it has to foretell
+
+
+CASES = (
+    Case(TENSORS, SIDE, SHARDS, 0.1, 2e6, fitted=True), Case(TENSORS, SIDE, SHARDS, 0.1, 20e6, fitted=True),
+    Case(TENSORS, SIDE, SHARDS, 1.0, inf, fitted=True), Case(12, 4096, 2, 0.05, 10e6), Case(40, 2048, 8, 0.2, 5e6), Case(600, 256, 1, 0.1, 5e6),
+    Case(2000, 128, 20, 0.5, inf), Case(24, 2048, 24, 0.02, 3e6),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Measured:
     """What a run against the store took."""
 
@@ -34,14 +53,14 @@ class Measured:
     written_nbytes: int
 
 
-def checkpoint(folder: Path, tensors: int = TENSORS, side: int = SIDE) -> None:
+def checkpoint(folder: Path, tensors: int = TENSORS, side: int = SIDE, shards: int = SHARDS) -> None:
     """Tensors of one size in shards, and the rule beside them."""
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
     names = [f"model.layers.{at}.weight" for at in range(tensors)]
-    shard_of = {name: f"model-{at * SHARDS // tensors + 1:05}-of-{SHARDS:05}.safetensors" for at, name in enumerate(names)}
+    shard_of = {name: f"model-{at * shards // tensors + 1:05}-of-{shards:05}.safetensors" for at, name in enumerate(names)}
     for shard in sorted(set(shard_of.values())):
         mine = {name: torch.full((side, side), 1.0, dtype=torch.bfloat16) for name in names if shard_of[name] == shard}
         save_file(mine, folder / shard)
@@ -82,16 +101,21 @@ def measured(folder: Path, latency_s: float, bytes_per_s: float) -> Measured:
 
 def main() -> None:
     """Prints the table of docs/scale.md."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "in"
-        checkpoint(folder)
-        measured(folder, 0.0, inf)  # everything is imported
-        print("| latency | stream | on paper | measured | requests on paper · measured |\n|---|---|---|---|---|")
-        for latency_s, bytes_per_s in ((0.1, 2e6), (0.1, 20e6), (1.0, inf)):
-            paper, found = on_paper(folder, latency_s, bytes_per_s), measured(folder, latency_s, bytes_per_s)
-            stream = "any" if bytes_per_s == inf else f"{bytes_per_s / 1e6:.0f} MB/s"
+    print(
+        "| tensors | shards | latency | stream | on paper | measured | requests on paper · measured | |\n|---|---|---|---|---|---|---|---|"
+    )
+    for at, case in enumerate(CASES):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "in"
+            checkpoint(folder, case.tensors, case.side, case.shards)
+            if not at:
+                measured(folder, 0.0, inf)  # everything is imported
+            paper, found = on_paper(folder, case.latency_s, case.bytes_per_s), measured(folder, case.latency_s, case.bytes_per_s)
+            stream = "any" if case.bytes_per_s == inf else f"{case.bytes_per_s / 1e6:.0f} MB/s"
             print(
-                f"| {latency_s * 1e3:.0f} ms | {stream} | {paper.seconds:.1f} s | {found.seconds:.1f} s | {paper.reads + paper.writes} · {found.requests} |"
+                f"| {case.tensors:,} of {case.side}² | {case.shards} | {case.latency_s * 1e3:.0f} ms | {stream} | {paper.seconds:.1f} s | "
+                f"{found.seconds:.1f} s | {paper.reads + paper.writes} · {found.requests} | {'fitted' if case.fitted else 'foretold'} |",
+                flush=True,
             )
 
 

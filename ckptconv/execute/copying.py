@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,10 +17,11 @@ from ckptconv.execute.cloning import clone
 from ckptconv.execute.sources import Sources, checksum_mismatch
 
 BLOCK = 1 << 20
-#: Of one write. Linux keeps what one call writes in one piece of memory where it can, and in a virtual machine whole megabytes of free memory
-#: are often not there: the host took them back, and gives them again page by page. Copying 2 GiB by whole megabytes took 0.5 to 2.4 s, by
-#: quarters always 0.5 s.
-_WRITE = 1 << 18
+#: Of one write, in bytes. Linux keeps what one call writes in one piece of memory where it can. In a virtual machine large pieces of free memory
+#: are often not there: the host took them back, and gives them again page by page, ten times slower than a copy. Small pieces are there.
+#: So each worker begins with large writes, and halves them when one takes longer than copying ever should.
+_WRITE, _LEAST_WRITE, _SMALL_WRITE = 1 << 18, 1 << 15, 1 << 16
+_SLOW = 1.2e-9  #: seconds a byte
 _PART = 16 << 20  # a large range is cut into parts of this size, so that threads can share it
 _NEAR = 4096  # small ranges with no more than this between them are read in one go
 
@@ -151,6 +153,7 @@ class Copier:
         self._sources, self._report, self._stop = sources, report, stop
         self._buffer = memoryview(bytearray(BLOCK))
         self._span = memoryview(b"")
+        self._write_nbytes = _WRITE
         self._clones = True  #: until the first time that it cannot be done
         self.found = Found()
         self.cloned_nbytes = 0
@@ -186,12 +189,18 @@ class Copier:
                         for each in wanted:
                             each.update(part)
                         if not is_there:
-                            write_at(descriptor, to + at, part)
+                            self._write(descriptor, to + at, part)
                         self._report(len(part))
             to += piece.nbytes
             self._note(copy, piece, sums)
         if total is not None:
             self.found.note(copy.output, total)
+
+    def _write(self, descriptor: int, offset: int, part: memoryview) -> None:
+        started = time.perf_counter()
+        write_at(descriptor, offset, part, self._write_nbytes)
+        if self._write_nbytes > _LEAST_WRITE and time.perf_counter() - started > _SLOW * len(part):
+            self._write_nbytes //= 2
 
     def _cloned(self, piece: Piece, descriptor: int, to: int) -> tuple[int, int]:
         """The part of the piece that need not be copied, because the filesystem shares it."""
@@ -267,9 +276,9 @@ class Copier:
             yield span[piece.offset - first : piece.offset - first + piece.nbytes]
 
 
-def write_at(descriptor: int, offset: int, data: memoryview | bytes) -> None:
-    """All of ``data`` at ``offset``, however many calls it takes."""
+def write_at(descriptor: int, offset: int, data: memoryview | bytes, step: int = _SMALL_WRITE) -> None:
+    """All of ``data`` at ``offset``, however many calls it takes; none of more than ``step`` bytes, nor across a multiple of it."""
     view = memoryview(data).cast("B") if not isinstance(data, memoryview) else data
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + _WRITE - (offset + done) % _WRITE], offset + done)
+        done += os.pwrite(descriptor, view[done : done + step - (offset + done) % step], offset + done)

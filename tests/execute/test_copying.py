@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from random import Random
 
@@ -288,3 +289,26 @@ def test_v_says_what_each_worker_did_and_by_which_path(checkpoint):
     )
     path = r"12\.6 MB copied through a buffer|.* shared with the source by the filesystem"
     assert re.search(rf"^  worker 1: ({path}), [0-9]+\.[0-9]{{2}} s$", done.output, re.MULTILINE), done.output
+
+
+def test_writes_get_smaller_where_they_are_slow_and_begin_at_multiples_of_their_size(tmp_path, monkeypatch):
+    data = os.urandom(12 * BLOCK)
+    (tmp_path / "in").write_bytes(data)
+    written = []
+    real = os.pwrite
+
+    def slow(descriptor, part, offset):
+        written.append((offset, len(part)))
+        time.sleep(0.0015 * len(part) / BLOCK + 0.0002)
+        return real(descriptor, part, offset)
+
+    monkeypatch.setattr(copying.os, "pwrite", slow)
+    descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    with Sources([tmp_path / "in"]) as sources:
+        copying.Copier(sources, lambda _: None, threading.Event()).run([Copy(1000, (Piece(0, 0, len(data)),))], descriptor)
+    os.close(descriptor)
+    assert (tmp_path / "out").read_bytes()[1000:] == data
+    sizes = [nbytes for _, nbytes in written]
+    assert max(sizes) == 1 << 18
+    assert set(sizes[-20:-1]) == {1 << 15}
+    assert all(offset % (1 << 15) == 0 for offset, _ in written[1:])
