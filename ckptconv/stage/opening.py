@@ -174,7 +174,9 @@ def read_json(path: Path, what: str, limit: int) -> Any:
             raise ValueError(f"the file is over {limit >> 20} MiB")
         return json.loads(raw)
     except OSError as error:
-        raise UsageError(Problem("CK107", f"{what} cannot be read: {error.strerror}", where=printable(path))) from None
+        raise UsageError(
+            Problem("CK107", f"{what} cannot be read: {error.strerror}", where=printable(path), try_=cannot_open(error).try_)
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "it nests too deep" if isinstance(error, RecursionError) else printable(error)
         raise UsageError(Problem("CK107", f"{what} is not JSON: {reason}", where=printable(path))) from None
