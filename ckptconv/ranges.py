@@ -50,7 +50,7 @@ def as_spans(expr: Expr, placed: Mapping[str, Placed]) -> tuple[Span, ...] | Non
 
 def is_ranges(expr: Expr, placed: Mapping[str, Placed]) -> bool:
     """Whether :func:`as_spans` has an answer, without giving it: an output that is copied, not computed."""
-    return _Cutter(placed).can_cut(expr)
+    return placed[expr.name].contiguous if isinstance(expr, Read) else _Cutter(placed).can_cut(expr)
 
 
 @dataclass(frozen=True, slots=True)
