@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-from ckptconv.signals import Signalled, let_go, listen, received
+from ckptconv.signals import Signalled, begin, let_go, received
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
     try:
-        listen()
+        begin()
         code = _run()
         let_go()
     except (Signalled, Exception) as error:
@@ -30,11 +30,6 @@ def _run() -> int:
     working = os.getcwd()
     if working != here:
         sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != working]
-    import gc
-
-    # Plans are hundreds of thousands of small objects without cycles: looking for cycles among them again and again costs half the time.
-    gc.set_threshold(2_000_000, 50, 50)
-
     # Looking through all installed packages for plugins of pydantic takes longer than most of our commands.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     import click

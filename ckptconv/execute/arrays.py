@@ -27,10 +27,10 @@ _TORCH_PAYS = 8 << 30
 _WORD = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 #: The bits of positive infinity, for dtypes that numpy can look at.
 _INFINITY = {DType.bfloat16: 0x7F80, DType.float16: 0x7C00, DType.float32: 0x7F800000, DType.float64: 0x7FF0000000000000}
+_PIECE = 1 << 15  #: elements that are cast at a time: source, result and what lies between stay in the cache
 #: float32 bits of the least magnitude that rounds to infinity in a narrower dtype (IEEE 754, 4.3.1).
 _OVERFLOWS = {DType.bfloat16: 0x7F7F8000, DType.float16: 0x477FF000}
 _WIDENED = {DType.bfloat16, DType.float16}
-_PIECE = 1 << 15
 
 
 def suits(groups: Sequence[Sequence[Output]], placed: Mapping[str, Placed]) -> Callable[[Sequence[Output]], bool]:
@@ -41,7 +41,7 @@ def suits(groups: Sequence[Sequence[Output]], placed: Mapping[str, Placed]) -> C
 
 
 def is_plain_cast(group: Sequence[Output], placed: Mapping[str, Placed]) -> bool:
-    """True for one whole tensor whose only change is a cast that :func:`cast` knows."""
+    """True for one whole tensor whose only change is a cast that :class:`Caster` knows."""
     expr = group[0].expr
     if len(group) != 1 or not isinstance(expr, Apply) or not isinstance(expr.transform, Cast):
         return False
@@ -154,7 +154,7 @@ class Caster:
         if self._out.size < words.size:
             self._out = np.empty(words.size, self._out.dtype)
         out = self._out[: words.size]
-        for at in range(0, words.size, _PIECE):  # small enough for what lies between to stay in the cache
+        for at in range(0, words.size, _PIECE):
             if not self._part(words[at : at + _PIECE], out[at : at + _PIECE]):
                 return None
         return bytes_of(out)

@@ -6,7 +6,6 @@ checkpoint with it; one whose batch is gone ends, with its output whole or as it
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ from queue import Empty, Queue
 from typing import IO
 
 from ckptconv.errors import OUTPUT, Problem, printable
-from ckptconv.signals import Signalled, listen
+from ckptconv.signals import Signalled, begin
 from ckptconv.stage.batching import Answer, Request, convert
 from ckptconv.target.building import _environment
 
@@ -165,8 +164,7 @@ class _Hand:
 
 def main() -> None:
     """A worker: a request a line, until there are none. Ends at once, and tidily, where the batch is gone."""
-    listen()
-    gc.set_threshold(200_000, 50, 50)  # as the command does: plans are many small objects without cycles
+    begin()
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a library prints is no answer
     requests, idle = Queue[str](), threading.Event()

@@ -3,34 +3,22 @@
 The counter-proofs show that the comparison can fail: an optimizer that starts anew, and one with two moments exchanged, part from the curve.
 """
 
-import json
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from making import target as saved_target
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import ckptconv
-from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.target.torchvision_ops import import_with_torchvision
 
 BEFORE, AFTER = 3, 4
 #: float32, two implementations with their sums in another order
 TOLERANCE = 1e-5
-
-
-def manifest(model):
-    """As `ckptconv inspect --save-manifest` writes it for a model: in its order, with its buffers and ties."""
-    tensors, ties = {}, {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        tensors[name] = TensorSpec(tuple(value.shape), DType(str(value.dtype).removeprefix("torch.")))
-        ties.setdefault(id(value), []).append(name)
-    parameters = {id(each) for each in model.parameters()}
-    buffers = frozenset(name for name, value in model.state_dict(keep_vars=True).items() if id(value) not in parameters)
-    return Manifest(tensors, tuple(tuple(names) for names in ties.values() if len(names) > 1), buffers)
 
 
 @dataclass
@@ -214,7 +202,7 @@ def trained(name, folder):
         source, run.optimizer, options=FLAT if pair.form == "flat" else None
     )  # fmt: skip
     torch.save({"model": source.state_dict(), "optimizer": state, "scheduler": run.scheduler.state_dict(), "epoch": 7}, folder / "in.pth")
-    (folder / "target.json").write_text(json.dumps(manifest(target).to_json()))
+    saved_target(folder, target)
     rule = pair.rule
     if "\n" in rule:
         rule = folder / "mine.yaml"
