@@ -9,9 +9,11 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+
+from msgspec.structs import replace
 
 import ckptconv
 from ckptconv.costs import PLACES, Cost, cost, loads_of

@@ -13,10 +13,11 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Union
+
+from msgspec.structs import replace
 
 from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, named, printable
 from ckptconv.places.visiting import is_remote, near, visit

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.compare import compare
 from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, named, printable
@@ -33,8 +35,7 @@ from ckptconv.verify import Ladder
 Run = Callable[..., RunReport]
 
 
-@dataclass(frozen=True)
-class Words:
+class Words(Struct, frozen=True):
     """How a rule is asked for: hints, what the models' outputs are compared with, which state_dict, how long, how many workers."""
 
     pairs: Sequence[str] = ()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Union
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv.errors import Refusal
 from ckptconv.ruleset import expressions
@@ -25,8 +27,7 @@ class Unfit(Exception):  # noqa: N818  (a reason, on its way to a plainer way of
     """The names do not fit what was thought of them."""
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(Struct, frozen=True):
     """A placeholder of a pattern that is being written."""
 
     name: str
@@ -41,23 +42,20 @@ class Slot:
         return f"{{{self.name}{ {'int': ':int', 'deep': ':**'}.get(self.kind, '') }}}"
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(Struct, frozen=True):
     """One of several words at one place: of ``{x:q|k|v}``, one for each name. ``fan`` is what the place is called."""
 
     text: str
     fan: str
 
 
-@dataclass(frozen=True)
-class Want:
+class Want(Struct, frozen=True):
     """A part of a name that is still to be found, by what it was called."""
 
     name: str
 
 
-@dataclass(frozen=True)
-class Formula:
+class Formula(Struct, frozen=True):
     """What stands between the braces of a template."""
 
     text: str
@@ -67,32 +65,45 @@ Part = Union[str, Slot, Word, Want, Formula]
 Parts = tuple[Part, ...]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """One observation: these names (one, or the pieces of one) were made of those."""
 
     keys: tuple[str, ...]
     values: tuple[str, ...]
-    wants: Mapping[str, str] = field(default_factory=dict, hash=False)
+    wants: Mapping[str, str] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.keys, self.values))
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(Struct, frozen=True):
     """How the names of many rows look: patterns for the keys, templates with gaps for the values, and what algebra says of the gaps."""
 
     keys: tuple[Parts, ...]
     values: tuple[Parts, ...]
-    hints: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    hints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.keys, self.values))
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """Patterns and templates that say all of ``rows`` and nothing else."""
 
     keys: tuple[Parts, ...]
     values: tuple[Parts, ...]
     rows: tuple[Row, ...]
-    captures: tuple[Mapping[str, Capture], ...] = field(default=(), hash=False, compare=False)
+    captures: tuple[Mapping[str, Capture], ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entry) and self._compared == other._compared
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+    @property
+    def _compared(self) -> tuple[object, ...]:
+        return self.keys, self.values, self.rows
 
 
 def escaped(text: str) -> str:

@@ -7,9 +7,11 @@ rename, or a ``convert`` that lists what is done.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.backnames import Entry, Row, fresh, guessed, text_of
 from ckptconv.plan import Apply, Expr, Output, Plan, Read, islands, reads
@@ -22,8 +24,7 @@ class Unturned(Exception):  # noqa: N818  (a reason to go another way)
     """What cannot be turned round, or not in this way."""
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(Struct, frozen=True):
     """One step of the way back."""
 
     op: str

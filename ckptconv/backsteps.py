@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv.backnames import (
     Entry,
@@ -55,8 +57,7 @@ from ckptconv.transforms import Affine, Cast, Guard, Index, Rearrange, Reshape, 
 from ckptconv.transforms.rearrange import sides
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(Struct, frozen=True):
     """Source tensors that a step lost, or, where ``rounded``, gives back only nearly."""
 
     step: str
@@ -65,8 +66,7 @@ class Loss:
     rounded: bool = False
 
 
-@dataclass
-class Walk:
+class Walk(Struct):
     """The way back so far: what is written, which names are there, and what was lost."""
 
     scope: Scope
@@ -78,8 +78,7 @@ class Walk:
     file: str = ""  #: the rule file whose lines need no name
 
 
-@dataclass
-class Turn:
+class Turn(Struct):
     """One forward step that is being undone."""
 
     walk: Walk
@@ -119,8 +118,7 @@ class Turn:
         return list(dict.fromkeys([*self.have, *self.made]))
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(Struct, frozen=True):
     """One forward step that was done; of an include, with the steps that it was."""
 
     rule: RuleStep

@@ -8,8 +8,9 @@ result, it must give the source's own names, shapes and dtypes, but for what is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckptconv.backplan import Unturned, Written, derived
 from ckptconv.backsteps import Loss, lowered, turned
@@ -31,8 +32,7 @@ from ckptconv.spec import Manifest
 _FEW, _MANY = 60, 200
 
 
-@dataclass(frozen=True)
-class BackRule:
+class BackRule(Struct, frozen=True):
     """The way back: the text of its rule file, and what it does not bring back (step, names, reason)."""
 
     text: str
@@ -331,8 +331,7 @@ def _fields(node: Node) -> set[str]:
 # --- the file's text -------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Head:
+class _Head(Struct):
     """Everything of the file but its steps."""
 
     rules: RuleFile

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.errors import Problem, printable
 from ckptconv.names import Template, collapse, nearest
@@ -32,8 +34,7 @@ def _never(_name: str) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Allow:
+class Allow(Struct, frozen=True):
     """Differences that are meant, by name."""
 
     missing: Predicate = _never
@@ -51,12 +52,11 @@ def allowed_by(field_: AllowField) -> Allow:
     return Allow(matches(field_.missing), matches(field_.unexpected), matches(field_.shape), matches(field_.dtype))
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Struct, frozen=True, dict=True):
     """Everything in which ``found`` differs from ``wanted``."""
 
-    found: Manifest = field(repr=False)
-    wanted: Manifest = field(repr=False)
+    found: Manifest
+    wanted: Manifest
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     shapes: tuple[tuple[str, TensorSpec, TensorSpec], ...]  #: name, found, wanted

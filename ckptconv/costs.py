@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import inf
+
+from msgspec import Struct
 
 from ckptconv.formats.base import Placed
 from ckptconv.layout import Layout
@@ -27,8 +28,7 @@ PLAN_S_PER_TENSOR = 25e-6
 PROVE_NBYTES_PER_S = 0.1e9  #: values that were moved one by one, looked at again on both sides
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """How fast a kind of place is: seconds, and bytes in a second."""
 
     latency_s: float  #: until a request is answered
@@ -86,8 +86,7 @@ PLACES: Mapping[str, Place] = {
 }
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(Struct, frozen=True):
     """What one task moves, in bytes and requests."""
 
     read_nbytes: int
@@ -97,8 +96,7 @@ class Load:
     computed_nbytes: int = 0
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(Struct, frozen=True):
     """What a whole conversion costs."""
 
     workers: int

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 DONE, FINDINGS, USAGE, INPUT, FIT, OUTPUT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 MAX_QUOTE = 200
@@ -94,8 +96,7 @@ class Refusal(ValueError):  # noqa: N818  (a reason on its way up, not yet an er
         return Problem(self.code, self.what, where=where, found=self.found, try_=self.try_)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(Struct, frozen=True):
     """One thing that is wrong: where, what, found, try.
 
     >>> print(Problem("CK201", "step matched nothing", where="r.yaml:3:5  drop (step 1)", found="12 names", try_="ckptconv inspect x"))

@@ -7,7 +7,7 @@ source tensor. Copies arrive twice and agree; what was dropped, narrowed or cut 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ckptconv.plan import Apply, Dropped, Expr, Origin, Output, Plan, Read, apply, walk
 from ckptconv.spec import Box
@@ -16,16 +16,14 @@ from ckptconv.tiling import Piece, Untiled, tile
 _BACKWARDS = Origin("inverse", 0, 0, "inverse")
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(Struct, frozen=True):
     """A source tensor that the outputs do not give back, and why."""
 
     name: str
     reason: str
 
 
-@dataclass(frozen=True)
-class Inversion:
+class Inversion(Struct, frozen=True):
     """The plan backwards, and what it cannot rebuild."""
 
     plan: Plan

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 MAX_NAME = 1024
 #: An index. A longer run of digits is text: it counts nothing, and Python refuses to read it as a number.
@@ -52,8 +53,7 @@ def skeleton(name: str) -> str:
     return _DIGITS.sub("#", name)
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Struct, frozen=True):
     """Many names said as one: ``layers.{0-11}.attn.qkv.weight`` stands for the twelve in ``names``."""
 
     text: str

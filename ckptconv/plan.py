@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Union
+
+from msgspec import Struct
 
 from ckptconv import transforms
 from ckptconv.names import unusable
@@ -20,8 +21,7 @@ from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.transforms.base import Transform
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(Struct, frozen=True):
     """A tensor of the source, by its name there."""
 
     name: str
@@ -35,8 +35,7 @@ class Read:
         return ()
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
+class Fill(Struct, frozen=True):
     """A tensor that no source has. ``recipe``: ``constant`` (value), ``arange`` (from value, by one), ``normal`` (std value, seed)."""
 
     recipe: str
@@ -111,8 +110,7 @@ def walk(expressions: Iterable[Expr]) -> Iterator[Expr]:
                 stack.extend((argument, False) for argument in reversed(node.arguments))
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(Struct, frozen=True):
     """Which line of which rule file made something."""
 
     file: str = ""
@@ -124,8 +122,7 @@ class Origin:
         return f"{self.file}:{self.line}  {self.op} (step {self.step})" if self.step else "passed through"
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(Struct, frozen=True):
     """One line of the table. ``origin`` is the last step that touched it."""
 
     name: str
@@ -133,8 +130,7 @@ class Output:
     origin: Origin = Origin()
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
+class Dropped(Struct, frozen=True):
     """A source tensor that a step dropped on purpose, with the reason that the rule gives."""
 
     name: str  #: as it was called when the step dropped it
@@ -143,8 +139,7 @@ class Dropped:
     sources: tuple[str, ...] = ()  #: what it was made of
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True, dict=True):
     """What will be written, as expressions over the source, in file order."""
 
     source: Manifest
@@ -152,7 +147,7 @@ class Plan:
     ties: tuple[tuple[str, ...], ...] = ()
     dropped: tuple[Dropped, ...] = ()
     #: sentences worth saying to the user (an entry that matched nothing, a tie that was undone)
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = ()
     #: What goes along beside the state_dict, made of the same source: an optimizer's moments, by the names of their slots.
     moments: tuple[Output, ...] = ()
 

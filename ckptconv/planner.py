@@ -6,8 +6,9 @@ Pure: no file is opened, no weight is read, torch is not needed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from ckptconv.errors import CkptconvError, FitError, Problem, Refusal, UsageError, printable
 from ckptconv.formats.base import Composite

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.formats.base import Placed, Storage
 from ckptconv.plan import Apply, Expr, Output, Read
@@ -18,8 +20,7 @@ _LARGE = 1 << 20
 _LEAST = 64 << 10  # bytes of a piece: shorter ones are faster put together in memory
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Struct, frozen=True):
     """A range of a storage's bytes."""
 
     storage: Storage
@@ -53,8 +54,7 @@ def is_ranges(expr: Expr, placed: Mapping[str, Placed]) -> bool:
     return placed[expr.name].contiguous if isinstance(expr, Read) else _Cutter(placed).can_cut(expr)
 
 
-@dataclass(frozen=True, slots=True)
-class _Turns:
+class _Turns(Struct, frozen=True):
     """How the arguments of a slice or a concat lie in memory: in turns, each argument's part behind the one before."""
 
     count: int

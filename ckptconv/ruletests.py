@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckptconv.errors import CkptconvError, Problem, Refusal, printable
 from ckptconv.invert import invert
@@ -25,8 +26,7 @@ _MAX_SHOWN = 20
 MENDABLE = frozenset({"missing", "noisy", "wrong shape", "wrong dtype", "no expectation"})
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(Struct, frozen=True):
     """One thing that is wrong: of which kind, and a sentence."""
 
     kind: str
@@ -36,8 +36,7 @@ class Failure:
         return f"{self.kind}: {self.sentence}"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """One test: what failed; nothing when it passed. ``made`` is what the rule makes, where it could be planned."""
 
     name: str

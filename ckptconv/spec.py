@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
 from types import MappingProxyType
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import force_setattr
 
 MAX_RANK = 64
 MAX_ELEMENTS = 2**63 - 1
@@ -117,8 +119,7 @@ def widens(source: DType, to: DType) -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(Struct, frozen=True):
     """Shape and dtype of one tensor.
 
     >>> TensorSpec((768, 768), DType.bfloat16).nbytes
@@ -140,8 +141,7 @@ class TensorSpec:
         return f"{list(self.shape)} {self.dtype.value}"
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(Struct, frozen=True):
     """An axis-aligned region of a tensor: where it starts and how far it goes, one number per axis."""
 
     start: tuple[int, ...]
@@ -177,8 +177,7 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """Names with their specs, in order, and which of them are one tensor under several names (*ties*).
 
     >>> m = Manifest({"a.weight": TensorSpec((2, 3), DType.float32)})
@@ -189,12 +188,17 @@ class Manifest:
     tensors: Mapping[str, TensorSpec]
     ties: tuple[tuple[str, ...], ...] = ()
     #: Names that ``state_dict`` holds but the optimizer does not train (running statistics and the like); only targets know them.
-    buffers: frozenset[str] = field(default=frozenset(), compare=False)
+    buffers: frozenset[str] = frozenset()
     #: What a reader should know and the names do not tell (an extra state that is no tensor, say); only targets have them.
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        force_setattr(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.tensors == other.tensors and self.ties == other.ties
+
+    __hash__ = None  # type: ignore[assignment]  # a mapping has none
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors

@@ -7,7 +7,8 @@ island that is larger than a task is cut in the order of its outputs, unless its
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckptconv.formats.base import Placed
 from ckptconv.layout import Layout
@@ -20,8 +21,7 @@ MAX_AMPLIFICATION = 1.2  #: an island is not cut where its pieces would read mor
 Range = tuple[int, int, int]  #: source file, first byte, byte behind the last
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(Struct, frozen=True):
     """Some stored outputs, and what making them costs, in bytes."""
 
     number: int  #: from 0
@@ -38,8 +38,7 @@ class Task:
         return min(threads * peak, peak + BESIDE_NBYTES) + fixed_nbytes(threads, computes=self.computes)
 
 
-@dataclass(frozen=True)
-class Tasks:
+class Tasks(Struct, frozen=True):
     """All tasks of a plan. Every stored output is in just one of them."""
 
     tasks: tuple[Task, ...]
@@ -65,8 +64,7 @@ class Tasks:
         return tuple(number for number in range(len(self.tasks)) if number * of // max(len(self.tasks), 1) == index)
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
+class _Reading(Struct, frozen=True):
     """What making one output reads."""
 
     names: tuple[str, ...]  # of source tensors
@@ -74,8 +72,7 @@ class _Reading:
     ranges: tuple[Range, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
+class _Unit(Struct, frozen=True):
     """Outputs that are made together."""
 
     outputs: tuple[Output, ...]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckptconv.errors import printable
 from ckptconv.plan import Expr, apply
@@ -11,8 +12,7 @@ from ckptconv.spec import Box
 from ckptconv.transforms import Concat
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A region of a tensor, and what it is."""
 
     box: Box

@@ -1,8 +1,7 @@
 """Tests that rules carry: what they find, how they say it, where they stand, and how they are rewritten."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from ckptconv import api, ruletests
 from ckptconv.errors import UsageError

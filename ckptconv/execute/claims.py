@@ -14,9 +14,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from ckptconv.errors import OutputError, Problem, printable
 
@@ -25,8 +26,7 @@ MAX_CLAIM = 4096  #: bytes
 _BEATS = 4  #: in a lease
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(Struct, frozen=True):
     """A process: where it runs, and as which of that place's."""
 
     host: str
@@ -47,8 +47,7 @@ class Owner:
         return f"{self.host}:{self.pid}"
 
 
-@dataclass(frozen=True)
-class Claimed:
+class Claimed(Struct, frozen=True):
     """A claim as it was found."""
 
     state: Literal["claimed", "stale"]

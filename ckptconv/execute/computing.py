@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ckptconv.errors import FitError, Problem, Refusal, printable
 from ckptconv.execute import arrays, writeback
@@ -32,8 +33,7 @@ _CHUNK = 8 << 20
 _ROWS_NBYTES = 1 << 20  # of a source that is cast piece by piece: source, result and what lies between stay in the cache
 
 
-@dataclass(frozen=True)
-class Compute:
+class Compute(Struct, frozen=True):
     """One island, by one worker."""
 
     island: Sequence[Output]

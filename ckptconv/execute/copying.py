@@ -10,7 +10,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckptconv.execute.checksums import Checksums
 from ckptconv.execute.cloning import clone
@@ -20,14 +21,13 @@ BLOCK = 1 << 20
 #: Of one write, in bytes. Linux keeps what one call writes in one piece of memory where it can. In a virtual machine large pieces of free memory
 #: are often not there: the host took them back, and gives them again page by page, ten times slower than a copy. Small pieces are there.
 #: So each worker begins with large writes, and halves them when one takes longer than copying ever should.
-_WRITE, _LEAST_WRITE, _SMALL_WRITE = 1 << 18, 1 << 15, 1 << 16
+_WRITE, _LEAST_WRITE, _SMALL_WRITE = 1 << 17, 1 << 15, 1 << 16
 _SLOW = 1.2e-9  #: seconds a byte
 _PART = 16 << 20  # a large range is cut into parts of this size, so that threads can share it
 _NEAR = 4096  # small ranges with no more than this between them are read in one go
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A range of a source file."""
 
     file: int
@@ -37,8 +37,7 @@ class Piece:
     crc32: int | None = None  #: what the source records of just these bytes, to be compared
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(Struct, frozen=True):
     """Pieces that lie one after the other in the output file. What is to be checksummed is neither cut nor merged."""
 
     destination: int
@@ -57,8 +56,7 @@ class Copy:
         return self.crc or self.digest
 
 
-@dataclass(slots=True)
-class Found:
+class Found(Struct):
     """What was found of bytes that passed; several workers' are put together by :meth:`add`."""
 
     crc32: dict[str, int] = field(default_factory=dict)  #: by output

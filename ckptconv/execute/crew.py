@@ -6,8 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 
 class Task(Protocol):
@@ -23,8 +24,7 @@ class Task(Protocol):
         ...
 
 
-@dataclass
-class Worker:
+class Worker(Struct):
     """One thread: what it did, for the report, and where it tells of it."""
 
     number: int

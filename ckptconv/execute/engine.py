@@ -7,8 +7,9 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from ckptconv import formats
 from ckptconv.execute import writeback
@@ -28,8 +29,7 @@ Report = Callable[[int], None]
 _EMPTY_DIGEST = Checksums(crc=False, digest=True).digest
 
 
-@dataclass(frozen=True)
-class Receipt:
+class Receipt(Struct, frozen=True):
     """What filling leaves behind for sealing and verifying."""
 
     crc32: Mapping[str, Mapping[str, int]]  #: file -> slot -> CRC-32, for formats that want it
@@ -42,8 +42,7 @@ class Receipt:
     noticed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  #: computed output -> what happened to how many of its values
 
 
-@dataclass
-class Bench:
+class Bench(Struct):
     """What every task needs, and where they leave what they found."""
 
     placed: Mapping[str, Placed]
@@ -148,8 +147,7 @@ def fill(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class CopyRanges:
+class CopyRanges(Struct, frozen=True):
     """A batch of byte ranges, by one worker."""
 
     file: str

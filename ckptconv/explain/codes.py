@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckptconv.errors import CODES, Problem, UsageError, printable
 from ckptconv.names import nearest
@@ -12,8 +13,7 @@ from ckptconv.names import nearest
 _CODE = re.compile(r"CK\d{3}", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class CodeHelp:
+class CodeHelp(Struct, frozen=True):
     """One code, explained."""
 
     code: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from ckptconv.explain import judging
 from ckptconv.explain.causes import of_file, of_sides
@@ -43,8 +44,7 @@ MEANT = 0.3
 _SEEMED = frozenset({"blocks", "depth", "family", "width", "parallel", "unexpected", "missing", "size"})
 
 
-@dataclass(frozen=True)
-class Findings:
+class Findings(Struct, frozen=True):
     """What was found out about one file and one target."""
 
     file: FileFacts | None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckptconv.compare import explain_missing_initial
 from ckptconv.explain.sides import Cause, Sides
@@ -23,8 +24,7 @@ PACKED = frozenset({"container", "layout", "module", "weights-only"})
 ENOUGH = 0.5
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """What can be done."""
 
     word: str

@@ -7,7 +7,9 @@ each also cut off, wrapped by a terminal, or with a log's prefix before every li
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.explain.sides import Part, Shape, only_names
 from ckptconv.explain.trying import Question
@@ -45,8 +47,7 @@ _HF_SIZES = re.compile(r"ckpt:\s*(?:torch\.Size\(\[?|\(?\[?)([\d, ]*)\]?\)?\s*vs
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
-@dataclass(frozen=True)
-class Pasted:
+class Pasted(Struct, frozen=True):
     """What a message says."""
 
     model: str = ""  #: class of the model
@@ -61,13 +62,12 @@ class Pasted:
         return not (self.missing or self.unexpected or self.sizes or self.known)
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(Struct, frozen=True):
     """A message that people meet, and what is behind it."""
 
     kind: str
     sentence: str
-    try_: str = field(default="")
+    try_: str = ""
 
 
 #: Message -> (kind, what it means, what to do). The first group of the pattern may stand in the sentence as {0}.

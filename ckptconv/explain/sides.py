@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv.compare import Allow, Comparison, compare
 from ckptconv.names import collapse
@@ -14,8 +16,7 @@ from ckptconv.spec import DType, Manifest, TensorSpec
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(Struct, frozen=True, dict=True):
     """One reason for what differs, in words."""
 
     kind: str  #: a word for programs: wrapper, head, depth, …
@@ -39,8 +40,7 @@ class Cause:
         }
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Struct, frozen=True):
     """One state_dict of a file."""
 
     path: str
@@ -50,8 +50,7 @@ class Part:
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class FileFacts:
+class FileFacts(Struct, frozen=True):
     """What a file is, as far as its headers tell."""
 
     path: str
@@ -65,8 +64,7 @@ class FileFacts:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Sides:
+class Sides(Struct, frozen=True, dict=True):
     """What is there and what is wanted. Of the names in ``unknown`` only the names are known (from a pasted error)."""
 
     found: Manifest

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from math import isqrt
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv.compare import allowed_by
 from ckptconv.errors import CkptconvError, Refusal
@@ -31,8 +33,7 @@ PROBES = (1, 2, 4, 8, 16)
 PLAIN = "plain-tensors"
 
 
-@dataclass(frozen=True)
-class Tried:
+class Tried(Struct, frozen=True):
     """A rule (or one after another) and what came of it."""
 
     rules: tuple[RuleFile, ...]
@@ -71,8 +72,7 @@ class Tried:
         return done / (len(self.plan.outputs) + len(self.plan.dropped))
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(Struct, frozen=True):
     """What the rules are tried on."""
 
     parts: Sequence[Part]

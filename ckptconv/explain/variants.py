@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckptconv.errors import printable
 from ckptconv.explain.sides import Cause, Sides
@@ -16,8 +17,7 @@ _BLOCK_WORDS = frozenset({"blocks", "block", "layers", "layer", "resblocks", "re
 _NUMBERED = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(Struct, frozen=True):
     """What a model seems to be, in words: a family, and what tells its members apart."""
 
     name: str

@@ -8,9 +8,10 @@ before the first weight is read, so that anyone may fill any tensor's bytes, in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from msgspec import Struct, field
 
 from ckptconv.errors import Refusal
 from ckptconv.spec import Box, Manifest, TensorSpec, is_contiguous
@@ -18,8 +19,7 @@ from ckptconv.spec import Box, Manifest, TensorSpec, is_contiguous
 INDEX_SUFFIX = ".index.json"  #: of the file that says which shard holds which tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(Struct, frozen=True):
     """A run of bytes in one of a checkpoint's files, on which one or more tensors are views."""
 
     file: int  #: index into ``Contents.files``
@@ -29,8 +29,7 @@ class Storage:
     big_endian: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(Struct, frozen=True):
     """One tensor of a source: its spec, and the view on its storage. Bounds were checked by the reader."""
 
     spec: TensorSpec
@@ -45,8 +44,7 @@ class Placed:
         return is_contiguous(self.spec.shape, self.strides) and not self.storage.big_endian
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Foreign:
+class Foreign(Struct, eq=False):
     """An object of a class that ckptconv does not know: never built, only named. ``state`` and ``arguments`` are plain data.
 
     The one thing here that is not frozen: a pickle makes an object first and gives it its state later.
@@ -60,23 +58,23 @@ class Foreign:
         return f"<{self.name}>"  # and nothing of its state, which may have no end
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Keyed:
+class Keyed(Struct, frozen=True):
     """The entry of a dict whose key is an object: it stands under a text of our own, and remembers its key."""
 
     key: Foreign
     value: Any
 
+    def __repr__(self) -> str:
+        return repr(self.key)  # and nothing of its value, for the same reason
 
-@dataclass(frozen=True, slots=True)
-class Unsupported:
+
+class Unsupported(Struct, frozen=True):
     """A tensor of a kind that cannot be converted (sparse, quantised, …): it is named, and its state_dict is refused."""
 
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
-class Composite:
+class Composite(Struct, frozen=True):
     """A tensor that is stored as several: sparse, quantised, or in chunks. Only its parts have bytes; the plan puts it together.
 
     ``kind`` and its parts: ``coo`` (indices, values), ``csr`` (row pointers, columns, values), ``int8`` (numbers, scales, zero points;
@@ -90,21 +88,18 @@ class Composite:
     axis: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Converted:
+class Converted(Struct, frozen=True):
     """Stands in an output's tree where the converted state_dict goes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Struct, frozen=True):
     """Stands in an output's tree for a tensor that is carried along beside the state_dict (an optimizer's moment, say)."""
 
     name: str  #: of its slot; never a name of the state_dict
     spec: TensorSpec
 
 
-@dataclass(frozen=True)
-class Container:
+class Container(Struct, frozen=True):
     """One candidate state_dict of a file: flat names to placed tensors, in order."""
 
     path: str  #: dotted way to it (``state_dict``, ``model.ema``), ``.`` for the file's top
@@ -152,8 +147,7 @@ class Container:
         return tuple(tuple(group) for group in seen.values() if len(group) > 1)
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(Struct, frozen=True):
     """Everything that a checkpoint holds, without its weights."""
 
     format: str  #: ``torch``, ``torch-legacy``, ``safetensors``
@@ -167,16 +161,14 @@ class Contents:
     identities: Mapping[Path, tuple[int, int, int, int]] = field(default_factory=dict)  #: of the files, from before their headers were read
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(Struct, frozen=True):
     """Where one tensor's bytes go in an output file."""
 
     offset: int
     nbytes: int
 
 
-@dataclass(frozen=True)
-class FileLayout:
+class FileLayout(Struct, frozen=True):
     """One output file, laid out: its size, the place of every tensor, and the bytes that are known beforehand."""
 
     name: str  #: relative to the destination's folder

@@ -12,9 +12,10 @@ Everything below a state_dict belongs to it. An optimizer's state (``state`` and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Container, Contents, Foreign, Placed, Unsupported

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Contents, Foreign, Keyed, Placed
@@ -36,8 +38,7 @@ def _bad(what: str, found: str = "") -> Refusal:
     return Refusal(what, code="CK302", found=found, try_="save the checkpoint again with torch.distributed.checkpoint")
 
 
-@dataclass(frozen=True, order=True)
-class _Place:
+class _Place(Struct, frozen=True, order=True):
     """Where one chunk lies: which file, from which byte, how many."""
 
     file: str
@@ -91,8 +92,7 @@ def read(folder: Path) -> Contents:
     return with_top(replace(contents, neighbours=neighbours))
 
 
-@dataclass(frozen=True)
-class _Files:
+class _Files(Struct, frozen=True):
     """The data files by name and number; a few of them are open, for there may be one from each of a thousand ranks."""
 
     folder: Path

@@ -8,9 +8,11 @@ names: ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py``. The n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats import torch_archive, zip_layout
@@ -31,8 +33,7 @@ _MEMORY_FORMAT = Called(Named(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))  # contigu
 Path = tuple[str | int, ...]
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(Struct, frozen=True):
     """One entry of the flattened state_dict."""
 
     path: Path  #: the keys that lead to it
@@ -46,8 +47,7 @@ class _Entry:
         return ".".join(map(str, self.path))
 
 
-@dataclass(frozen=True)
-class _Blob:
+class _Blob(Struct, frozen=True):
     """An archive, and the entries that it is: more than one where names are tied."""
 
     entries: tuple[_Entry, ...]

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Container, Contents, Foreign, Placed
@@ -47,8 +49,7 @@ def folder_of(folder: Path) -> Path | None:
     return inside if any(_OPTIMIZER.fullmatch(each) for each in plain_files(inside)) else None
 
 
-@dataclass(frozen=True)
-class _Optimizer:
+class _Optimizer(Struct, frozen=True):
     """What an optimizer file says."""
 
     stage: int
@@ -57,8 +58,7 @@ class _Optimizer:
     paddings: Any  #: elements behind each parameter, by group; None where there are none
 
 
-@dataclass(frozen=True)
-class _Model:
+class _Model(Struct, frozen=True):
     """What a model file says."""
 
     module: Mapping[Any, Any]

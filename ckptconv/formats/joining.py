@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Container, Contents, Placed, Storage

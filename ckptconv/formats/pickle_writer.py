@@ -9,9 +9,10 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckptconv.formats.base import Converted, Kept
 from ckptconv.formats.dtypes import DTYPE_STORAGES
@@ -49,39 +50,34 @@ def emit_value(value: Any) -> tuple[bytes, dict[str, int]]:
     return bytes(emitter.out + b"."), emitter.storages
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(Struct, frozen=True):
     """Something that a module holds under this name: ``torch.float32``."""
 
     module: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Called:
+class Called(Struct, frozen=True):
     """What calling ``function`` with ``arguments`` gives."""
 
     function: Named
     arguments: tuple[Any, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Instance:
+class Instance(Struct, frozen=True):
     """An object of the class ``kind`` that is given ``state``; its ``__init__`` is not called."""
 
     kind: Named
     state: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
+class Pairs(Struct, frozen=True):
     """A dict whose keys may be objects."""
 
     items: Sequence[tuple[Any, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
+class _Tensor(Struct, frozen=True):
     """A tensor of the state_dict, under the name of its slot."""
 
     name: str
@@ -108,8 +104,7 @@ def _sizes(sizes: tuple[int, ...]) -> bytes:
     return b"(" + items + b"t" if len(sizes) > 3 else items + _SHORT_TUPLES[len(sizes)]
 
 
-@dataclass(slots=True)
-class _Emitter:
+class _Emitter(Struct):
     manifest: Manifest
     module_versions: Mapping[str, Mapping[str, Any]]
     out: bytearray = field(default_factory=lambda: bytearray(b"\x80\x02"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
+
+from msgspec import Struct
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Foreign, Placed, Storage, Unsupported
@@ -24,15 +25,13 @@ class Ordered(dict[Any, Any]):
     metadata: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class Global:
+class Global(Struct, frozen=True):
     """A name that the pickle mentions: ``module.name``."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class StorageRef:
+class StorageRef(Struct, frozen=True):
     """A storage that a tensor is a view on; ``dtype`` is None where the tensor says it."""
 
     dtype: DType | None

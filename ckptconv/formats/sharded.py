@@ -10,10 +10,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from msgspec.structs import replace
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import INDEX_SUFFIX, Composite, Container, Contents, FileLayout, Placed, Writer

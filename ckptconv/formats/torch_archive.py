@@ -9,7 +9,8 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckptconv.formats import zip_layout
 from ckptconv.formats.base import Slot
@@ -20,8 +21,7 @@ SERIALIZATION_ID = ".data/serialization_id"
 _ID_DIGITS = 40
 
 
-@dataclass(frozen=True)
-class Archive:
+class Archive(Struct, frozen=True):
     """What is known beforehand: all records in order, and the contents of those that are not slots."""
 
     records: tuple[zip_layout.Record, ...]  #: places count from ``base``

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Contents, Storage
@@ -32,8 +33,7 @@ _KNOWN = frozenset({"data.pkl", "byteorder", "version", ".format_version", ".sto
 VERSIONS = (b"3", b"2", b"1", b"4", b"5", b"6", b"7", b"8", b"9", b"10")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """One stored file of the archive: where its bytes are."""
 
     name: str  #: without the archive's own name

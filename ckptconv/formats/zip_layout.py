@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 ALIGNMENT = 64
 PAGE = 4096
@@ -15,8 +16,7 @@ _LIMIT = 0xFFFFFFFF  # the value that sends a reader to the zip64 field
 _DESCRIPTOR_FOLLOWS, _UTF8 = 0x0008, 0x0800
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """One stored file of an archive, and where it lies."""
 
     name: bytes  #: with the archive's name in front

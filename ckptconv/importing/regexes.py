@@ -14,8 +14,9 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckptconv.errors import Refusal, printable
 
@@ -30,8 +31,7 @@ _MAX_WORDS = 200
 _BOUNDARY = (_WORD,)  #: transformers ends a pattern on a name's boundary: `weight` is not the start of `weight_scale`
 
 
-@dataclass(frozen=True)
-class Whole:
+class Whole(Struct, frozen=True):
     """A full-match pattern and the name that it becomes, in the rule language (without ``regex:``)."""
 
     pattern: str
@@ -93,8 +93,7 @@ def _template(target: str) -> str:
     return plain.replace(r"\1", r"\g<x>")
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(Struct, frozen=True):
     anchored: bool
     before: tuple[tuple[Letters, ...], ...]
     body: str

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.importing.regexes import other_part, whole_of
@@ -14,8 +15,7 @@ Step = dict[str, Any]
 _AXES = "abcdefgh"
 
 
-@dataclass(frozen=True)
-class Scope:
+class Scope(Struct, frozen=True):
     """The names that a sub-model's transform is for: those under its place, with or without the base model's prefix."""
 
     literal: str = ""  #: the place that the model's own names have
@@ -93,8 +93,7 @@ def _with_offset(transform: Any, scope: Scope) -> Step:
     return {"rename": {f"{scope.literal}{{m:**}}.{old}": f"{scope.literal}{{m}}.{new}"}, "optional": True}
 
 
-@dataclass
-class Facts:
+class Facts(Struct):
     """What the model says and its mapping does not: sizes that a config gives, and shapes that a transform compares with."""
 
     model: Any

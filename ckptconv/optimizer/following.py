@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckptconv.errors import Problem, Refusal, printable
 from ckptconv.formats.base import Composite, Placed
@@ -20,8 +21,7 @@ from ckptconv.transforms.base import Transform
 MAX_PROBLEMS = 20
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(Struct, frozen=True):
     """An output that the optimizer trains: its group, and its entries: expressions for tensors, everything else as it is."""
 
     name: str
@@ -30,8 +30,7 @@ class Trained:
     parts: tuple[str, ...]  #: the source's parameters that it is made of
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(Struct, frozen=True):
     """What follows the weights of one plan."""
 
     placed: Mapping[str, Placed]  #: by the names that the plan reads
@@ -54,8 +53,7 @@ def slot(state: OptimizerState, parameter: str, entry: str) -> str:
     return f"::{dotted(state.path) or 'optimizer'}.state.{parameter}.{entry}"
 
 
-@dataclass
-class _Follower:
+class _Follower(Struct, dict=True):
     plan: Plan
     state: OptimizerState
     parameter_of: Mapping[Member, str]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, Union
+
+from msgspec import Struct
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.formats.base import Composite, Placed
@@ -20,8 +21,7 @@ COUNTERS = ("step",)
 DROP = "--optimizer drop writes everything else, and the optimizer starts anew"
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Struct, frozen=True):
     """A parameter group: its entries in their order (``params`` and ``param_names`` among them), and whom it has."""
 
     options: Mapping[Any, Any]
@@ -29,8 +29,7 @@ class Group:
     names: tuple[str, ...] | None = None  #: the members' names, where the group tells them
 
 
-@dataclass(frozen=True)
-class OptimizerState:
+class OptimizerState(Struct, frozen=True):
     """What ``optimizer.state_dict()`` gave. ``form``: parameters by ``number`` (torch.optim), by ``name`` (torch.distributed.checkpoint), or
     ``flat``, one entry for each parameter and word (``state.NAME.exp_avg``, ``param_groups.NAME.lr``)."""
 

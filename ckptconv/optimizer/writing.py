@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckptconv.errors import Problem, Refusal, printable
 from ckptconv.formats.base import Kept, Placed
@@ -16,8 +17,7 @@ from ckptconv.plan import Apply, Plan, Read
 from ckptconv.spec import Manifest, TensorSpec
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(Struct, frozen=True):
     """A parameter of the target: what its optimizer calls it, its group, and the output that its state comes from."""
 
     name: str

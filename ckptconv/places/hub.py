@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
+
+from msgspec import Struct
 
 from ckptconv.errors import InputError, OutputError, Problem, UsageError, printable
 from ckptconv.places.settings import Settings
@@ -18,8 +19,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 _SMALL = ("*.json", "*.txt", "*.model")
 
 
-@dataclass(frozen=True)
-class Cached:
+class Cached(Struct, frozen=True):
     """What a ``hf://`` word means on this disk."""
 
     path: Path

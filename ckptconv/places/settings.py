@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
 
-@dataclass(frozen=True)
-class Settings:
+
+class Settings(Struct, frozen=True):
     """The options of the command line, under the same names."""
 
     online: bool = False  #: ``hf://`` may fetch what the cache does not hold

@@ -6,8 +6,9 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from msgspec import Struct, field
 
 from ckptconv.errors import CkptconvError, InputError, OutputError, Problem, UsageError, named, printable
 from ckptconv.places.urls import protocol_of, secrets_of
@@ -45,8 +46,7 @@ _PASSING = re.compile("Timeout|Connect|Payload|Incomplete|Reset|Throttl|SlowDown
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One thing in a store."""
 
     name: str  #: its path in the store

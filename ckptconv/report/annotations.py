@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
+
+from msgspec import Struct
 
 from ckptconv._version import __version__
 from ckptconv.errors import CODES, Problem
@@ -15,8 +16,7 @@ FORMATS = ("text", "github", "sarif")
 _PLACE = re.compile(r"(?P<file>.+?\.(?:ya?ml|json|pth?|bin|ckpt|safetensors))(?::(?P<line>[0-9]+)(?::(?P<column>[0-9]+))?)?(?:\s|$)")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a problem is; a line of 0 is the whole file."""
 
     file: str

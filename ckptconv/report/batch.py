@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
 from rich.console import Console
 from rich.text import Text
 
@@ -14,8 +14,7 @@ from ckptconv.errors import Problem, printable
 from ckptconv.report.text import nbytes_text, print_problems, safe
 
 
-@dataclass(frozen=True)
-class BatchItem:
+class BatchItem(Struct, frozen=True):
     """One checkpoint."""
 
     source: str
@@ -33,8 +32,7 @@ class BatchItem:
         return {**found, "nbytes": self.nbytes, "verified": self.verified}
 
 
-@dataclass(frozen=True)
-class BatchReport:
+class BatchReport(Struct, frozen=True):
     """What ``batch`` says. With ``dry_run``, ``converted`` is what would be."""
 
     rules: Mapping[str, Any]  #: label, file, digest

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ckptconv.names import Template, collapse, skeleton
 from ckptconv.plan import Apply, Expr, Fill, Origin, Output, Plan, Read, reads
@@ -15,8 +16,7 @@ FEW = 3
 _VERBS: Mapping[type, str] = {Cast: "cast", Concat: "joined", Rearrange: "rearranged", Reshape: "reshaped", Slice: "split"}
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Struct, frozen=True):
     """Several outputs made in one way by one step."""
 
     verb: str  #: unchanged, renamed, copied, tied, split, joined, rearranged, cast, filled, dropped, …

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckptconv._version import __version__
 from ckptconv.compare import Allow, Comparison, allowed_by, compare
@@ -28,8 +29,7 @@ MAX_TRIED = 8
 _DIGITS = re.compile(r"\d+")
 
 
-@dataclass(frozen=True)
-class StateDict:
+class StateDict(Struct, frozen=True):
     """One state_dict of a file."""
 
     path: str
@@ -42,8 +42,7 @@ class StateDict:
         return {"path": self.path, "tensors": self.tensors, "parameters": self.parameters, "kind": self.kind, "looked_at": self.looked_at}
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """Names that differ in one way, as a template."""
 
     kind: str  #: missing, unexpected, size
@@ -56,8 +55,7 @@ class Difference:
         return {"kind": self.kind, "template": self.template, "tensors": self.tensors, "found": self.found, "wanted": self.wanted}
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(Struct, frozen=True):
     """A rule that was tried."""
 
     rules: tuple[str, ...]
@@ -69,8 +67,7 @@ class Attempt:
         return {"rules": list(self.rules), "outcome": self.outcome, "coverage": self.coverage, "reason": self.reason}
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """One line of a suggested mapping: template to template, and how sure."""
 
     target: str
@@ -87,8 +84,7 @@ class Row:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(Struct, frozen=True):
     """Both sides and what is between them, for views that show it."""
 
     by: str  #: the rule; empty: as the file is
@@ -122,8 +118,7 @@ def _doubts(suggestion: Suggested) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(Struct, frozen=True, dict=True):
     """What ``explain`` says."""
 
     source: Mapping[str, Any] = field(default_factory=dict)  #: path, format, files, nbytes; empty where only an error was pasted
@@ -141,7 +136,7 @@ class Explanation:
     commands: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()  #: why the source cannot be read
-    draw: Draw = field(default=lambda: None, repr=False, compare=False)  #: by the rule that does it, or as it is
+    draw: Draw = lambda: None  #: by the rule that does it, or as it is
 
     @cached_property
     def drawn(self) -> Drawn | None:
@@ -303,8 +298,7 @@ def _templates(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(each.text for each in collapse(names))
 
 
-@dataclass(frozen=True)
-class SuggestReport:
+class SuggestReport(Struct, frozen=True, dict=True):
     """What ``suggest`` says."""
 
     source: Mapping[str, Any]
@@ -323,7 +317,7 @@ class SuggestReport:
     applied: Mapping[str, Any] = field(default_factory=dict)  #: what was written: path, tensors, nbytes
     commands: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()  #: why the rule does not plan, fit or verify
-    draw: Draw = field(default=lambda: None, repr=False, compare=False)
+    draw: Draw = lambda: None
 
     @cached_property
     def drawn(self) -> Drawn | None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckptconv.names import collapse, skeleton
 from ckptconv.report.links import Lineage, Link
 from ckptconv.spec import TensorSpec
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(Struct, frozen=True):
     """One line of one side of a group."""
 
     text: str  #: a template
@@ -20,8 +20,7 @@ class Line:
     kind: str = ""  #: of the link that makes it; of the left side none
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Struct, frozen=True):
     """Figures of one pattern: ``blocks.{0-11}.attn.qkv.weight`` split in three, say, twelve times."""
 
     left: tuple[Line, ...]
@@ -34,8 +33,7 @@ class Group:
         return sum(map(len, self.figures))
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(Struct, frozen=True):
     """Groups that follow each other in one module of either side. Without names where there is but one group."""
 
     left: str

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.compare import Comparison
 from ckptconv.errors import printable
@@ -16,8 +18,7 @@ NOWHERE = Origin()
 MOST_ARGUMENTS, MOST_DEPTH = 8, 12
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(Struct, frozen=True):
     """What a link can be, as people see it: a word and a glyph beside every colour."""
 
     word: str
@@ -55,8 +56,7 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(Struct, frozen=True):
     """Names on the left, the name on the right that they become (empty: none), and how."""
 
     kind: str  #: a key of KINDS; a fault of the comparison goes before what was done
@@ -68,8 +68,7 @@ class Link:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Lineage:
+class Lineage(Struct, frozen=True):
     """Both sides, and every link between them, in the order of the right side."""
 
     left: Mapping[str, TensorSpec]

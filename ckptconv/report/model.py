@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
 
 from ckptconv._version import __version__
 from ckptconv.errors import Problem
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from ckptconv.report.changes import Change
 
 
-@dataclass(frozen=True)
-class RunReport:
+class RunReport(Struct, frozen=True):
     """What ``run``, ``plan`` and ``verify`` say."""
 
     command: str
@@ -38,11 +38,10 @@ class RunReport:
     on_paper: Mapping[str, Any] = field(default_factory=dict)  #: of a plan: its cost on so many workers, bytes, requests, seconds
     seconds: float = 0.0
     workers: tuple[Mapping[str, Any], ...] = ()  #: of a run: number, copied_nbytes, cloned_nbytes, computed_nbytes, seconds
-    plan: Plan | None = field(default=None, repr=False)  #: where everything comes from, for views that show it
-    rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, for the lines that origins name
-    optimizer: Mapping[str, Any] = field(
-        default_factory=dict
-    )  #: what became of its state: at, parameters, groups, moments, counters, dropped
+    plan: Plan | None = None  #: where everything comes from, for views that show it
+    rule_texts: Mapping[str, str] = field(default_factory=dict)  #: file -> text, for the lines that origins name
+    #: what became of its state: at, parameters, groups, moments, counters, dropped
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,8 +55,7 @@ class RunReport:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """One state_dict of an inspected file."""
 
     path: str
@@ -95,8 +93,7 @@ class Candidate:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Inspection:
+class Inspection(Struct, frozen=True):
     """What ``inspect`` says."""
 
     path: str
@@ -115,8 +112,7 @@ class Inspection:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """What ``diff`` says."""
 
     left: str
@@ -125,8 +121,8 @@ class Difference:
     only_right: tuple[str, ...]
     changed: tuple[tuple[str, str, str], ...]  #: name, spec on the left, spec on the right
     ties: tuple[str, ...]
-    a: Manifest = field(repr=False)  #: the left side whole
-    b: Manifest = field(repr=False)
+    a: Manifest  #: the left side whole
+    b: Manifest
 
     @property
     def equal(self) -> bool:
@@ -151,8 +147,7 @@ def difference(left: str, a: Manifest, right: str, b: Manifest) -> Difference:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RuleReport:
+class RuleReport(Struct, frozen=True):
     """What ``test`` says of one rule file."""
 
     rules: str
@@ -169,8 +164,7 @@ class RuleReport:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LockReport:
+class LockReport(Struct, frozen=True):
     """What ``rules lock`` says."""
 
     path: str

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv.errors import FINDINGS, FIT, INPUT, OUTPUT, USAGE, CkptconvError, Problem
 from ckptconv.report.links import KINDS, Lineage, lineage_of, lineage_of_difference
@@ -23,8 +25,7 @@ _REFUSED: Mapping[int, str] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """The one thing that is read first."""
 
     state: str  #: good, bad or open
@@ -32,8 +33,7 @@ class Verdict:
     sentence: str = ""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(Struct, frozen=True):
     """What is said beside: notes, what was left behind, rules that were tried, commands to copy."""
 
     title: str
@@ -52,8 +52,7 @@ class Block:
         return (Block(title, rows, code),) if rows else ()
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(Struct, frozen=True):
     """Plain data; everything in it may be of a stranger's making."""
 
     command: str

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Union
+
+from msgspec import Struct
 
 from ckptconv.errors import Refusal, printable
 
@@ -39,8 +40,7 @@ def _bad(what: str, text: str) -> Refusal:
     return Refusal(what, code="CK104", found=printable(text))
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(Struct, frozen=True):
     """One node of a parsed expression: an operation and its operands (nodes or literals)."""
 
     kind: str

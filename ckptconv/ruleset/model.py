@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from msgspec import Struct
+from msgspec.structs import replace
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, field_validator
 
 from ckptconv._version import __version__
@@ -128,8 +129,7 @@ class Header(BaseModel):
         return tuple(value) if isinstance(value, list) else value
 
 
-@dataclass(frozen=True)
-class RuleStep:
+class RuleStep(Struct, frozen=True):
     """A step with its place in the file."""
 
     step: Step
@@ -139,8 +139,7 @@ class RuleStep:
     included: RuleFile | None = None  #: of an `include`: the rule file that it means
 
 
-@dataclass(frozen=True)
-class RuleFile:
+class RuleFile(Struct, frozen=True):
     """A validated rule file."""
 
     header: Header
@@ -150,7 +149,7 @@ class RuleFile:
     digest: str  #: sha256 of what the rule means: its data without tests, notes and comments
     builtin: bool = False
     test_places: tuple[str, ...] = ()  #: file:line:column of each of the header's tests
-    text: str = field(default="", repr=False, compare=False)  #: as it was written
+    text: str = ""  #: as it was written
 
     @property
     def path(self) -> Path | None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Union
 
 import re2
+from msgspec import Struct
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.ruleset import expressions
@@ -55,8 +55,7 @@ def _whole_text(text: str) -> None:
         raise _bad("a pattern holds no control characters and no lone surrogates", text)
 
 
-@dataclass(frozen=True)
-class Placeholder:
+class Placeholder(Struct, frozen=True, dict=True):
     """``{p}``, ``{i:int}``, ``{m:**}`` or ``{x:q|k|v}``; ``name`` is empty for a bare ``**``."""
 
     name: str
@@ -125,19 +124,18 @@ def _placeholder(inside: str, whole: str) -> Placeholder:
     return Placeholder(name, "choice", choices)
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(Struct, frozen=True, dict=True):
     """A compiled pattern. Equal texts are one object."""
 
     text: str
-    placeholders: tuple[Placeholder, ...] = field(repr=False)
-    expression: str = field(repr=False)  #: for RE2
-    head: str = field(repr=False)  #: every match starts with this
-    tail: str = field(repr=False)  #: and ends with this
-    is_regex: bool = field(default=False, repr=False)
+    placeholders: tuple[Placeholder, ...]
+    expression: str  #: for RE2
+    head: str  #: every match starts with this
+    tail: str  #: and ends with this
+    is_regex: bool = False
     #: At most one open placeholder per part of the name and one `**`: a backtracking matcher needs at most length² steps on names of
     #: at most 1,024 characters, and Python's own is ten times faster here than the bindings of RE2.
-    is_simple: bool = field(default=False, repr=False)
+    is_simple: bool = False
 
     @staticmethod
     @lru_cache(maxsize=65536)
@@ -293,12 +291,11 @@ def _one_of(placeholder: Placeholder) -> str:
     return "(" + "|".join(re.escape(left) for left, _ in placeholder.choices) + ")"
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Struct, frozen=True, dict=True):
     """What a name becomes: literal text, captures, arithmetic over them, and ``{x:q|k|v}`` for one name per choice."""
 
     text: str
-    parts: tuple[Union[str, Placeholder], ...] = field(repr=False)
+    parts: tuple[Union[str, Placeholder], ...]
 
     @staticmethod
     @lru_cache(maxsize=65536)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from msgspec import Struct
 
 from ckptconv.errors import Problem, Refusal, UsageError, printable
 from ckptconv.ruleset import yamlfile
@@ -52,8 +52,7 @@ def rewritten(path: Path, expectations: Mapping[int, Specs]) -> str:
     return mark + text
 
 
-@dataclass(frozen=True)
-class Edit:
+class Edit(Struct, frozen=True):
     """``text`` in place of what stands from ``start`` to ``end``."""
 
     start: int

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic.json_schema import GenerateJsonSchema
+
 from ckptconv.ruleset import steps
+from ckptconv.ruleset.expressions import Node
 from ckptconv.ruleset.model import Header
+from ckptconv.ruleset.patterns import Pattern, Template
 
 _MODIFIERS = ("when", "optional", "note")
 
 
+class _Schema(GenerateJsonSchema):
+    """Defaults as a rule file would say them."""
+
+    ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  (theirs is so)
+
+    def encode_default(self, dft: Any) -> Any:
+        return super().encode_default(_said(dft))
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return _said(value[0]) if len(value) == 1 else [_said(each) for each in value]
+    if isinstance(value, (Pattern, Template)):
+        return value.text
+    return value.value if isinstance(value, Node) and value.kind == "literal" else value
+
+
 def json_schema() -> dict[str, Any]:
     """The schema of language version 1, generated from the models that validate rule files."""
-    schema = Header.model_json_schema(by_alias=True)
+    schema = Header.model_json_schema(by_alias=True, schema_generator=_Schema)
     definitions: dict[str, Any] = schema.pop("$defs", {})
     choices = []
     for op, kind in steps.ALL.items():
-        fields = kind.model_json_schema(by_alias=True)
+        fields = kind.model_json_schema(by_alias=True, schema_generator=_Schema)
         definitions.update(fields.pop("$defs", {}))
         modifiers = {name: fields["properties"][name] for name in _MODIFIERS}
         body: dict[str, Any] = fields

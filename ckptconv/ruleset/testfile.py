@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ckptconv.errors import Problem, Refusal, UsageError, printable
@@ -29,8 +29,7 @@ class Beside(BaseModel):
         return tuple(value)
 
 
-@dataclass(frozen=True)
-class PlacedTest:
+class PlacedTest(Struct, frozen=True):
     """A test, where it stands for a reader, and where for who rewrites it: the file and its number there."""
 
     test: RuleTest

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from msgspec import Struct
 
 from ckptconv.errors import Problem, UsageError, printable
 
@@ -35,8 +35,7 @@ Place = tuple[int, int]  #: line and column, counted from 1
 Path = tuple[str | int, ...]
 
 
-@dataclass(frozen=True)
-class YamlFile:
+class YamlFile(Struct, frozen=True):
     """Plain data and where each value (by its path of keys and indices) stands."""
 
     name: str

@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ckptconv.errors import CkptconvError, OutputError, Problem, UsageError, printable
 from ckptconv.formats import dcp, deepspeed, ranks
@@ -17,8 +18,7 @@ from ckptconv.stage.batch_lock import NAME, text_of
 _SUFFIX = {"torch": ".pth", "safetensors": ".safetensors", "dcp": ""}
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Struct, frozen=True):
     """One checkpoint of a batch."""
 
     source: Path

@@ -15,10 +15,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO
+
+from msgspec.structs import asdict
 
 from ckptconv.errors import OUTPUT, Problem, printable
 from ckptconv.signals import Signalled, begin

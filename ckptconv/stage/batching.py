@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict, fields, replace
 
 from ckptconv.errors import CkptconvError, InputError, OutputError, Problem, Refusal, UsageError, printable
 from ckptconv.layout import parse_size
@@ -28,8 +30,7 @@ _INDIFFERENT = ("force", "threads", "max_memory", "max_output", "sync", "timeout
 MAX_JOBS = 64
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Struct, frozen=True):
     """All that a worker needs to make one output, as plain data."""
 
     number: int
@@ -47,8 +48,7 @@ class Request:
         return sum(path.stat().st_size for path in files_below(Path(self.source)).values())
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What became of a request, as plain data."""
 
     number: int
@@ -64,8 +64,7 @@ class Answer:
 Engine = Callable[[Sequence[Request], Callable[[int, int, int], None]], Generator[Answer, None, None]]
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(Struct, frozen=True):
     """One checkpoint of a batch, and what became of it."""
 
     job: Job
@@ -76,8 +75,7 @@ class Done:
     exit_code: int = 0
 
 
-@dataclass(frozen=True)
-class Batched:
+class Batched(Struct, frozen=True):
     """A whole batch."""
 
     rules: RuleFile
@@ -87,8 +85,7 @@ class Batched:
     jobs: int = 1
 
 
-@dataclass
-class _Wanted:
+class _Wanted(Struct):
     """What the lock must say of an output for it to be left alone."""
 
     rules: RuleFile
@@ -312,14 +309,14 @@ def _plain(value: Any, text: Callable[[str], str] = text_of) -> Any:
     return value if isinstance(value, (bool, int, float, type(None))) else text(str(value))
 
 
-@dataclass
-class _Meter:
+class _Meter(Struct):
     """One measure over all checkpoints of a batch, in bytes of their sources."""
 
     requests: Sequence[Request]
     progress: Progress | None
     share: dict[int, int] = field(default_factory=dict)
     finished: int = 0
+    sizes: list[int] = []
 
     def __post_init__(self) -> None:
         self.sizes = [_size(request) for request in self.requests] if self.progress is not None else []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckptconv.errors import CkptconvError, Problem, named, printable
 from ckptconv.explain.sides import FileFacts, Part
@@ -14,8 +15,7 @@ from ckptconv.formats.base import Container, Contents, Foreign
 from ckptconv.stage.opening import choose, config_for, contents_of
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(Struct, frozen=True):
     """What is known of a source before it is compared with anything."""
 
     file: FileFacts

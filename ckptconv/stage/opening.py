@@ -6,9 +6,11 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv import formats, target
 from ckptconv.errors import CkptconvError, InputError, Problem, Refusal, UsageError, printable
@@ -29,8 +31,7 @@ _CONFIGS = ("config.json", "adapter_config.json", "params.json")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Struct, frozen=True):
     """An opened checkpoint and the state_dict in it that is meant; with it others, whose names start with ``NAME::``."""
 
     path: Path

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv import formats, target
 from ckptconv.errors import FitError, InputError, Problem, Refusal, printable
@@ -33,8 +35,7 @@ _MEASURES = frozenset({"ns_steps", "trust_clip", "trust_coeff", "trust_coefficie
 _Nodes = list[tuple[tuple[Key, ...], dict[Any, Any]]]
 
 
-@dataclass(frozen=True)
-class Carried:
+class Carried(Struct, frozen=True):
     """What becomes of the optimizers of a checkpoint."""
 
     word: str  #: of ``--optimizer``

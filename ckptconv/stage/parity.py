@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ckptconv import target
 from ckptconv.compare import Comparison
@@ -21,8 +22,7 @@ _WORDS = ("source", "golden", "inputs", "tolerance")
 _EXPECTED = "source=py:module:factory or golden=FILE"
 
 
-@dataclass(frozen=True)
-class Parity:
+class Parity(Struct, frozen=True):
     """What the words say. Either ``source`` or ``golden`` is there."""
 
     wanted: target.Target  #: the model that the output is for

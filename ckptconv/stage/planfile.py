@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from msgspec import Struct
+from msgspec.structs import replace
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import PydanticCustomError
 
@@ -54,8 +55,7 @@ class WorkField(BaseModel):
     files: Annotated[list[tuple[_Text, int, int]], Field(max_length=1_000_000)]  #: name, bytes, time of the last change of each source file
 
 
-@dataclass(frozen=True)
-class How:
+class How(Struct, frozen=True):
     """What the command line of ``work``, ``finish`` or ``status`` says: the rest stands in the plan file."""
 
     roots: Sequence[Path] = ()  #: where sources and destination may lie, beside the plan file's folder and the current one

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from msgspec import Struct, field
+from msgspec.structs import force_setattr, replace
 
 from ckptconv import target
 from ckptconv.compare import Allow, Comparison, allowed_by, compare, explain_missing_initial
@@ -36,8 +38,7 @@ if TYPE_CHECKING:
     from ckptconv.target.building import Builder
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Struct, frozen=True):
     """How a conversion is done: the options of the command line, under the same names."""
 
     target: str | None = None
@@ -79,7 +80,7 @@ class Options:
         if self.optimizer == "drop" and self.optimizer_file is not None:
             raise UsageError(Problem("CK107", "nothing is read of an optimizer's state that is dropped", try_="leave --optimizer-file out"))
         if self.optimizer is not None and self.optimizer_file is None:
-            object.__setattr__(self, "keep_extras", True)
+            force_setattr(self, "keep_extras", True)
 
     @property
     def level(self) -> int | None:
@@ -87,8 +88,7 @@ class Options:
         return (5 if self.parity else 3) if self.verify == "auto" else self.verify
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """Everything that is known before anything is written."""
 
     label: str  #: rule name and revision
@@ -102,9 +102,9 @@ class Prepared:
     comparison: Comparison | None
     allowed: str  #: the sentence on what stays at its initial values
     parity: Parity | None = None
-    rule_texts: Mapping[str, str] = field(default_factory=dict, repr=False)  #: file -> text, of the rules and those that they include
+    rule_texts: Mapping[str, str] = field(default_factory=dict)  #: file -> text, of the rules and those that they include
     allowed_names: Mapping[str, Sequence[str]] = field(default_factory=dict)  #: what ``allow`` was made of: missing, … -> patterns
-    builder: Builder | None = field(default=None, repr=False, compare=False)  #: of a target that is a model, until it is verified
+    builder: Builder | None = None  #: of a target that is a model, until it is verified
     optimizer: Carried | None = None  #: what becomes of the optimizer's state, where something is wished
 
     @property

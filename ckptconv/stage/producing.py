@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv import formats
 from ckptconv._version import __version__
@@ -48,8 +50,7 @@ _DIGEST_WIDTH = len("xxh3_128:") + 32
 MAX_NAMED = 10
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(Struct, frozen=True):
     """What the output will be: file or folder, and its format."""
 
     destination: Path
@@ -58,8 +59,7 @@ class Shape:
     shard_nbytes: int | None
 
 
-@dataclass(frozen=True)
-class Produced:
+class Produced(Struct, frozen=True):
     """What was written, and how far it is proved."""
 
     shape: Shape
@@ -103,8 +103,7 @@ def shape_of(prepared: Prepared, destination: Path, options: Options) -> Shape:
     return Shape(destination, format, is_folder, shards)
 
 
-@dataclass(frozen=True)
-class Conversion:
+class Conversion(Struct, frozen=True):
     """A prepared conversion with its destination, laid out: every output has its place, and no byte is written yet."""
 
     prepared: Prepared
@@ -348,8 +347,7 @@ def _copy_neighbours(neighbours: Iterable[Path], place: Place) -> None:
             ) from None  # fmt: skip
 
 
-@dataclass
-class Meter:
+class Meter(Struct):
     """One measure over writing, reading and verifying, in bytes."""
 
     tell: Progress

@@ -15,10 +15,11 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import asdict, replace
 
 from ckptconv.errors import CkptconvError, FitError, InputError, OutputError, Problem, UsageError, printable
 from ckptconv.execute import receipts

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from msgspec import Struct
 
 from ckptconv import target
 from ckptconv.errors import CkptconvError, Problem, UsageError, printable
@@ -29,8 +30,7 @@ MAX_RUNS = 12
 Trial = Callable[[RuleFile, Path], Ladder]
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """A source and a target, and how to ask for a rule between them."""
 
     source: Source

@@ -13,10 +13,12 @@ import random
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv._version import __version__
 from ckptconv.errors import FitError, InputError, OutputError, Problem, Refusal, printable
@@ -152,8 +154,7 @@ class Job:
         return self.way_on.replace("ckptconv finish", "ckptconv work")
 
 
-@dataclass(frozen=True)
-class Worked:
+class Worked(Struct, frozen=True):
     """What one worker did."""
 
     receipts: tuple[TaskReceipt, ...]
@@ -268,8 +269,7 @@ def resume(made: Conversion, progress: Progress | None = None) -> Produced:
     return replace(produced, notes=tuple(notes))
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(Struct, frozen=True):
     """How far a work is."""
 
     work: str

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from ckptconv.names import collapse
 from ckptconv.suggest.units import Side, Unit
@@ -18,12 +19,14 @@ def skeleton(name: str) -> str:
     return _DIGITS.sub("#", name)
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(Struct, frozen=True):
     """A list of parts alike: where it stands, and its members' tensors."""
 
     path: tuple[str, ...]
-    members: Mapping[str, tuple[Unit, ...]] = field(hash=False)
+    members: Mapping[str, tuple[Unit, ...]]
+
+    def __hash__(self) -> int:
+        return hash(self.path)
 
     @property
     def text(self) -> str:

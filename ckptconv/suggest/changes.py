@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from math import isqrt
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv.spec import Manifest
 from ckptconv.suggest.assigning import assigned
@@ -25,8 +27,7 @@ _NEVER = 1e6
 Doubt = tuple[Callable[["Made"], bool], str, str]
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(Struct, frozen=True):
     """A tensor of the target (or several that are one in the source), of what it is made, and how its sizes are changed if they are."""
 
     source: Unit
@@ -43,8 +44,7 @@ class Made:
         return (*self.source.names, *(name for unit in self.added for name in unit.names))
 
 
-@dataclass
-class Outcome:
+class Outcome(Struct):
     """What becomes of everything."""
 
     made: list[Made] = field(default_factory=list)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.suggest.blocks import skeleton
 from ckptconv.suggest.units import Side, Unit
@@ -93,8 +95,7 @@ def _piece_of(form: Form, whole: Form) -> bool:
     return len(differing) <= 1 and all(at and form[at] < whole[at] and whole[at] % form[at] == 0 for at in differing)
 
 
-@dataclass(frozen=True)
-class _Join:
+class _Join(Struct, frozen=True):
     """Siblings that can be joined: which, in what order, along which axis, and what comes of it."""
 
     members: tuple[int, ...]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from ckptconv.backnames import Row
 from ckptconv.backplan import Written
@@ -17,8 +18,7 @@ from ckptconv.suggest.units import Unit
 _OVER = "e"
 
 
-@dataclass
-class _Form:
+class _Form(Struct):
     """What is done to make some tensors of others, and the names to which it is done."""
 
     acts: list[Any]

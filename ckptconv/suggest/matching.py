@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from ckptconv.names import natural_key
 from ckptconv.suggest.assigning import assigned
@@ -26,8 +27,7 @@ _Table = Sequence[Sequence[float]]
 _MOST = 48  #: more of one kind under several names are paired in order
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Struct, frozen=True):
     """A pair, by the modules' numbers in their parts, with how sure it is and what else it could be."""
 
     source: int
@@ -36,8 +36,7 @@ class Found:
     others: tuple[int, ...] = ()  #: further modules of the source that would do
 
 
-@dataclass(frozen=True)
-class Paired:
+class Paired(Struct, frozen=True):
     """A module of the source and the module of the target that it becomes."""
 
     source: Module
@@ -46,8 +45,7 @@ class Paired:
     others: tuple[Module, ...] = ()
 
 
-@dataclass(frozen=True)
-class Matching:
+class Matching(Struct, frozen=True):
     """All pairs, and what the two sides have left."""
 
     pairs: tuple[Paired, ...]
@@ -63,8 +61,7 @@ class Beyond(Protocol):
     def of_values(self, ours: Sequence[Module], theirs: Sequence[Module]) -> float: ...
 
 
-@dataclass
-class Evidence:
+class Evidence(Struct):
     """How far the order of registration is to be trusted, learnt from pairs that nothing else could be."""
 
     ordered: bool
@@ -132,8 +129,7 @@ def _only(side: Side, signatures: set[Signature]) -> Side:
     return side.holding(unit for module in side.modules if module.signature in signatures for unit in module.units)
 
 
-@dataclass
-class _Solver:
+class _Solver(Struct):
     evidence: Evidence
     learning: bool = False
     _known: dict[tuple[int, int], list[Found]] = field(default_factory=dict)

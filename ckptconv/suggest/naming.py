@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ckptconv.backnames import Formula, Part, Row, Shape, Slot, Unfit, Want, escaped, fit, text_of
 from ckptconv.names import natural_key
@@ -22,8 +23,7 @@ _MARKS = set("|=}{:")
 _MOST_CHOICES = 24
 
 
-@dataclass(frozen=True)
-class Said:
+class Said(Struct, frozen=True):
     """Patterns and templates, and the rows that they say."""
 
     keys: tuple[str, ...]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+from msgspec import Struct, field
+from msgspec.structs import force_setattr, replace
 
 from ckptconv.compare import Allow, compare
 from ckptconv.errors import CkptconvError
@@ -23,8 +25,7 @@ from ckptconv.suggest.verdict import LOADS, NOT, Cause, judged
 from ckptconv.suggest.writing import Rule, Unwritten, written
 
 
-@dataclass(frozen=True)
-class Suggestion:
+class Suggestion(Struct, frozen=True):
     """What is suggested, how sure it is tensor by tensor, and what was found."""
 
     verdict: str  #: loads as it is, convertible, convertible with loss, not convertible
@@ -39,7 +40,7 @@ class Suggestion:
 
     def __post_init__(self) -> None:
         for name in ("mapping", "confidence", "alternatives"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+            force_setattr(self, name, MappingProxyType(dict(getattr(self, name))))
 
 
 def suggest(
@@ -79,8 +80,7 @@ def _tensors(manifest: Manifest) -> str:
     return f"{len(manifest):,} tensor{'' if len(manifest) == 1 else 's'}"
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(Struct, frozen=True):
     name: str
     summary: str
     told: Told

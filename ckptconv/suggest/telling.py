@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Union
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.suggest.changes import Outcome
 from ckptconv.suggest.units import Module
@@ -17,8 +19,7 @@ _SURE = 8.0  #: more than all names and order can say
 _LOOKED_AT = 4  #: modules of a part
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(Struct, frozen=True, dict=True):
     """Hints (fragments of names that belong together) and fingerprints of both sides."""
 
     hints: tuple[tuple[str, str], ...] = ()

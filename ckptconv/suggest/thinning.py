@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
+
+from msgspec import Struct, field
 
 from ckptconv.names import collapse
 from ckptconv.spec import Manifest, TensorSpec
@@ -23,8 +24,7 @@ Ranks = tuple[int, ...]
 Kind = tuple[str, TensorSpec]
 
 
-@dataclass
-class _Names:
+class _Names(Struct):
     """The names of a manifest by their look and spec, with the place of each number in its list."""
 
     manifest: Manifest
@@ -84,8 +84,7 @@ class _Names:
         return Manifest(names_kept, tuple(group for group in ties if len(group) > 1), self.manifest.buffers & stay)
 
 
-@dataclass(frozen=True)
-class Thinned:
+class Thinned(Struct, frozen=True, dict=True):
     """Two manifests made small, twice with other members, and the way back to all of their names."""
 
     source: Manifest

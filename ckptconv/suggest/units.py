@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv.names import natural_key
 from ckptconv.spec import DType, Manifest
@@ -23,8 +25,7 @@ _KINDS = {"float": 0, "complex": 1, "int": 2, "uint": 2, "bool": 3}
 Signature = tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(Struct, frozen=True, dict=True):
     """One tensor; or several that are one tensor on the other side: pieces along ``axis``, each stacked over ``count`` members of a list."""
 
     path: tuple[str, ...]  #: of the module
@@ -55,8 +56,7 @@ class Unit:
         return (_KINDS[self.dtype.kind], *(size for size in shape if size != 1))
 
 
-@dataclass(frozen=True)
-class Module:
+class Module(Struct, frozen=True, dict=True):
     """The parameters that belong together."""
 
     path: tuple[str, ...]
@@ -75,8 +75,7 @@ class Module:
         return tuple(sorted(unit.form for unit in self.units))
 
 
-@dataclass
-class Node:
+class Node(Struct):
     """A place in the tree of modules."""
 
     path: tuple[str, ...]
@@ -99,8 +98,7 @@ class Node:
             stack.extend(reversed(node.children))
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(Struct, frozen=True, dict=True):
     """One of the two checkpoints, as units, and whether the order of its names says anything."""
 
     units: tuple[Unit, ...]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
+
+from msgspec import Struct
 
 from ckptconv.names import collapse
 from ckptconv.suggest.blocks import Family, families, inside, zones
@@ -18,8 +19,7 @@ _FEW_CONVOLUTIONS = 3
 _LEAST = 0.5  #: of a target's elements, heads left out, that a source of the same family fills
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(Struct, frozen=True):
     """One finding: what kind, a sentence, and the names that it is about, as templates."""
 
     kind: str

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.backnames import Row, escaped
 from ckptconv.backplan import Written
@@ -31,8 +33,7 @@ _MOST_DOUBTS = 8
 _MOST_CONDITIONS = 4
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """A rule file that was written: its text, and the plan that it makes of the source."""
 
     text: str

@@ -14,10 +14,11 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from msgspec.structs import replace
 
 from ckptconv import formats
 from ckptconv.errors import FitError, InputError, Problem, Refusal, UsageError, printable

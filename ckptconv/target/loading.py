@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ckptconv.names import collapse
 
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class StrictResult:
+class StrictResult(Struct, frozen=True):
     """What ``load_state_dict`` said."""
 
     loaded: bool

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
+
+from msgspec import Struct
 
 from ckptconv.errors import Problem, UsageError, named, printable
 from ckptconv.places.presence import bring
@@ -20,8 +21,7 @@ _MODELS = ("py", "timm", "hf")
 _TIMM_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Struct, frozen=True):
     """A parsed target. ``text`` is what the user wrote."""
 
     kind: Literal["py", "timm", "hf", "manifest", "checkpoint"]

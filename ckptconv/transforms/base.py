@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from msgspec import Struct
 from pydantic import BaseModel, ConfigDict
 
 from ckptconv.errors import Refusal
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A region of one argument, and how to get it from the transform's result (None: the result is the region)."""
 
     argument: int
@@ -24,8 +23,7 @@ class Piece:
     back: Transform | None
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(Struct, frozen=True):
     """A transform with argument specs that it accepts, for the shared contract test; ``refuses`` is one that it must not."""
 
     transform: Transform

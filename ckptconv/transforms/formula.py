@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Union
+
+from msgspec import Struct
 
 from ckptconv.errors import Refusal, printable
 
@@ -30,8 +31,7 @@ _TOKEN = re.compile(
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(Struct, frozen=True):
     """One node of a parsed formula."""
 
     kind: str  #: ``number``, ``name``, ``minus``, an operator's sign, or a function's name

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+
+from msgspec import Struct
 
 from ckptconv.errors import Refusal
 from ckptconv.transforms.rearrange import Rearrange, sides
 
 
-@dataclass(frozen=True)
-class OpenLayout:
+class OpenLayout(Struct, frozen=True):
     """A named axis made an axis of its own: how to get there, which one it is, and how to get back."""
 
     opened: str

@@ -8,9 +8,11 @@ else. A rung that cannot be climbed says why; a rung that fails stops the climb.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ckptconv import formats
 from ckptconv.compare import Allow, compare
@@ -30,8 +32,7 @@ if TYPE_CHECKING:
     from ckptconv.verify.parity import ParityReport, ParityRequest
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(Struct, frozen=True):
     """What there is to verify with. Only ``files`` and ``format`` are always there."""
 
     files: Sequence[Path]  #: the written files, staged or published

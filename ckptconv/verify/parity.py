@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from ckptconv.errors import CkptconvError, FitError, InputError, Problem, UsageError, printable
 from ckptconv.plan import Plan, reads
@@ -29,8 +31,7 @@ Verdict = Literal["equal", "mapping wrong", "hyper-parameters differ", "differs"
 TOLERANCES: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 3e-2}
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(Struct, frozen=True):
     """One of the two models: how it is built, and the checkpoint that it loads strictly."""
 
     word: Union[str, Target]  #: ``py:module:factory``, ``timm:NAME`` or ``hf:FOLDER``
@@ -50,8 +51,7 @@ class Side:
         return found
 
 
-@dataclass(frozen=True)
-class ParityRequest:
+class ParityRequest(Struct, frozen=True):
     """What is run, on what. Either ``source`` or ``golden`` says what the output should be.
 
     ``golden`` is a .pt file with ``{"inputs": …, "output": …}``, or a .safetensors file with tensors ``output`` and ``inputs.NAME`` (or
@@ -74,8 +74,7 @@ class ParityRequest:
     sensitivity: int = 64  #: how many target parameters are disturbed, to see which the output depends on; 0: none
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(Struct, frozen=True):
     """L6: the first pair of modules whose outputs differ."""
 
     source: str  #: the module's name; empty for the whole model
@@ -92,8 +91,7 @@ class Divergence:
         return f"{names} is the first to differ: {how}, {inputs}{'; ' + self.detail if self.detail else ''}"
 
 
-@dataclass(frozen=True)
-class ParityReport:
+class ParityReport(Struct, frozen=True):
     """What running both models shows, and what it cannot show.
 
     ``verdict`` is ``differs`` where only an expected output was there, with which nobody can tell why.
@@ -133,8 +131,8 @@ class ParityReport:
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with null for a difference in what is not finite: JSON has no infinity."""
-        diverges = None if self.diverges is None else _finite(vars(self.diverges))
-        return {**_finite(vars(self)), "diverges": diverges, "sentence": self.sentence}
+        diverges = None if self.diverges is None else _finite(asdict(self.diverges))
+        return {**_finite(asdict(self)), "diverges": diverges, "sentence": self.sentence}
 
 
 def correspondence(plan: Plan) -> dict[str, tuple[str, ...]]:

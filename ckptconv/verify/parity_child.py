@@ -14,9 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from ckptconv.errors import CkptconvError, Problem, Refusal, printable
 from ckptconv.target.child import Unbuildable, _hf_factory, _py_factory, _said, _timm_factory
@@ -37,8 +39,7 @@ class Failed(Exception):  # noqa: N818  (an answer, not a fault)
         self.problem = problem
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Struct, frozen=True):
     """A model, ready to run."""
 
     role: str  #: ``source`` or ``target``

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ckptconv.verify.parity import Divergence
 
@@ -41,8 +42,7 @@ _DEEP: Mapping[str, tuple[str, ...]] = {
 _ACTIVATION = re.compile(r"(act|activation|nonlinearity)(_fn|_layer)?|\w+_act_fn|\w+_activation")
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """What is kept of one tensor that passed: a sample of its elements, and sums over all of them that no permutation changes."""
 
     shape: tuple[int, ...]
@@ -62,8 +62,7 @@ class Seen:
         return max(abs(self.ends[0]), abs(self.ends[1]), 1e-300)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(Struct, frozen=True):
     """One call of one module."""
 
     name: str
@@ -167,8 +166,7 @@ def _plain(shape: Sequence[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """A pair (or several that mean one thing) after the run."""
 
     position: int  #: of the target's call

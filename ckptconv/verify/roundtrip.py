@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import xxhash
+from msgspec import Struct
 
 from ckptconv.errors import Problem, printable
 from ckptconv.execute.memory_run import computed
@@ -16,8 +16,7 @@ from ckptconv.names import collapse
 from ckptconv.plan import Plan, Read
 
 
-@dataclass(frozen=True)
-class RoundTrip:
+class RoundTrip(Struct, frozen=True):
     """How many source tensors came back equal, which did not, and which cannot."""
 
     equal: int

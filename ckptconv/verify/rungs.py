@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ckptconv.errors import Problem
 
@@ -15,8 +16,7 @@ LEVELS: Mapping[int, str] = {0: "integrity", 1: "accounting", 2: "strict load", 
                               5: "forward parity", 6: "first diverging module"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Rung:
+class Rung(Struct, frozen=True):
     """One rung: climbed, failed, or not climbed with the reason."""
 
     level: int
@@ -36,8 +36,7 @@ class Rung:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Ladder:
+class Ladder(Struct, frozen=True):
     """The climb: every rung that was tried, lowest first."""
 
     rungs: tuple[Rung, ...] = ()

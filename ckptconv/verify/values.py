@@ -9,8 +9,10 @@ time, in memory, and compared.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptconv.errors import Problem, printable
 from ckptconv.execute.memory_run import computed
@@ -31,8 +33,7 @@ _CHUNK = 1 << 20
 _MIX_A, _MIX_B, _STEP = -4658895280553007687, -7723592293110705685, -7046029254386353131
 
 
-@dataclass(frozen=True)
-class Conservation:
+class Conservation(Struct, frozen=True):
     """How many computed outputs were proved, and how; and what was found wrong."""
 
     conserved: int

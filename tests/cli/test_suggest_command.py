@@ -181,7 +181,7 @@ def test_apply_converts_what_is_settled(folder):
 
 def ambiguous(monkeypatch):
     """A suggestion that leaves something open, whatever the algorithm makes of it."""
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from ckptconv.stage import suggesting
 

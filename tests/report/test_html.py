@@ -3,9 +3,9 @@
 import base64
 import hashlib
 import re
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from ckptconv.compare import compare
 from ckptconv.errors import FitError, InputError, Problem, printable

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import asdict, replace
 from safetensors.torch import save_file
 
 import ckptconv
@@ -544,4 +544,4 @@ def test_a_request_is_plain_data(zoo):
     request = batching._request(
         0, jobs_of(["zoo/one.pth"], Path("out"))[0], "mine.yaml", "d", Options(config=Path("c.json"), also={"b": Path("x")}), None
     )
-    assert batching.Request(**json.loads(json.dumps(request.__dict__))) == replace(request)
+    assert batching.Request(**json.loads(json.dumps(asdict(request)))) == replace(request)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Union
 
+from msgspec import Struct, field
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from ckptconv.errors import Problem, Refusal, printable
@@ -30,8 +30,7 @@ MAX_VARIABLES_DEEP = 32  #: a variable that needs one that needs one
 PASSED_THROUGH = Origin()
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One line of the table while the steps run."""
 
     expr: Expr
@@ -147,14 +146,13 @@ Condition = Annotated[
 ]  # fmt: skip
 
 
-@dataclass
-class Scope:
+class Scope(Struct):
     """The variables of a run: ``--set`` first, then the rule file's ``vars``, then ``config``; text in ``vars`` is an expression."""
 
     given: Mapping[str, Any] = field(default_factory=dict)
     declared: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
-    _busy: set[str] = field(default_factory=set, repr=False)
+    _busy: set[str] = field(default_factory=set)
 
     def lookup(self, captures: Mapping[str, Capture], table: Table, tensor: str | None = None) -> Lookup:
         """What a name means inside a step: its captures, then the variables. ``shape()`` is the shape of ``tensor``."""
@@ -216,8 +214,7 @@ class _Names:
         return list(self._table[name].expr.spec.shape)
 
 
-@dataclass
-class Context:
+class Context(Struct):
     """What a step knows of its place, and where it notes what it finds."""
 
     origin: Origin

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
+from msgspec.structs import replace
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from ckptconv.errors import Refusal, printable

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Union
 
+from msgspec import Struct
 from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema, model_validator
 
 from ckptconv.errors import Refusal, printable
@@ -59,8 +59,7 @@ _AXES = ("transpose", "squeeze", "unsqueeze")
 WORDS = (*_JOINS, *_CUTS, *_AXES, *_MAPS)
 
 
-@dataclass(frozen=True)
-class Act:
+class Act(Struct, frozen=True):
     """One entry of ``do``."""
 
     word: str

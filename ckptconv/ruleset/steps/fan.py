@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ckptconv.errors import Refusal, printable
 from ckptconv.names import natural_key
@@ -20,8 +21,7 @@ def fan_out(templates: Sequence[Template], bound: Sequence[str]) -> Iterator[tup
             yield template, {fan.name: word for fan, word in zip(fans, words, strict=True)}
 
 
-@dataclass
-class Group:
+class Group(Struct):
     """The members of one fan-in: for each pattern, its names by the values of the placeholders that are gathered over."""
 
     captures: Mapping[str, Capture]
