@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -13,6 +13,9 @@ from ckptconv.execute.sources import Sources, bytes_of, checksum_mismatch
 from ckptconv.formats.base import Placed, Storage
 from ckptconv.ranges import Span, span_of
 from ckptconv.spec import Manifest
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 _BLOCK = 1 << 20
 
@@ -65,9 +68,10 @@ def digest_tensors(
         (place.storage.file, place.storage.offset + place.offset, place.spec.nbytes) for place in (placed[names[0]] for names in unread)
     )
     batches = list(_batches(unread, lambda names: placed[names[0]].spec.nbytes))
-    with ThreadPoolExecutor(threads, thread_name_prefix="ckptconv-digest") as pool:
-        for digests in pool.map(some, batches):
-            found |= digests
+    if batches:
+        with _readers(threads) as pool:
+            for digests in pool.map(some, batches):
+                found |= digests
     _check_partly_viewed(sources, placed.values(), checked)
     return {name: found[name] for name in placed}
 
@@ -76,8 +80,14 @@ def digest_spans(sources: Sources, outputs: Mapping[str, Sequence[Span]], *, thr
     """The digest of each output that is nothing but ranges of source bytes, from these."""
     local = _Buffers()
     sources.announce((span.storage.file, span.storage.offset + span.offset, span.nbytes) for spans in outputs.values() for span in spans)
-    with ThreadPoolExecutor(threads, thread_name_prefix="ckptconv-digest") as pool:
+    with _readers(threads) as pool:
         return dict(zip(outputs, pool.map(lambda spans: _of_spans(sources, spans, local.buffer, None), outputs.values()), strict=True))
+
+
+def _readers(threads: int) -> Executor:
+    from concurrent.futures import ThreadPoolExecutor  # which brings half of logging along; most runs read nothing a second time
+
+    return ThreadPoolExecutor(threads, thread_name_prefix="ckptconv-digest")
 
 
 def _batches(items: Iterable[list[str]], nbytes_of: Callable[[list[str]], int]) -> Iterator[list[list[str]]]:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
+from itertools import zip_longest
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -122,11 +123,13 @@ def fill(
     number = {layout.name: at for at, layout in enumerate(layouts)}
     with closing(_outputs(layouts, folder, sized=outputs is not None)) as descriptors, ExitStack() as stack:
         bench = Bench(everything, sources, where, wants_crc, digests, sync, descriptors, number, seen)
-        tasks: list[Task] = [
-            CopyRanges(name, batch, bench)
-            for name, found in copies.items()
-            for batch in batches(sorted(found, key=lambda copy: copy.destination))
-        ]
+        tasks: list[Task] = _abreast(
+            [
+                [CopyRanges(name, batch, bench) for batch in batches(sorted(found, key=lambda copy: copy.destination))]
+                for name, found in copies.items()
+            ],
+            threads,
+        )
         if groups:
             from ckptconv.execute import arrays
             from ckptconv.execute.computing import Compute, kernel_threads
@@ -168,6 +171,12 @@ class CopyRanges(Struct, frozen=True):
         self.bench.add(copier.found)
         worker.cloned_nbytes += copier.cloned_nbytes
         worker.copied_nbytes += sum(copy.nbytes for copy in self.batch)
+
+
+def _abreast(files: Sequence[Sequence[Task]], threads: int) -> list[Task]:
+    """The tasks of ``threads`` files in turns, then those of the next: two that write into one file wait for each other."""
+    groups = (files[at : at + threads] for at in range(0, len(files), threads))
+    return [task for group in groups for turn in zip_longest(*group) for task in turn if task is not None]
 
 
 def _needs(tasks: Iterable[Task], placed: Mapping[str, Placed]) -> Iterator[tuple[int, int, int]]:

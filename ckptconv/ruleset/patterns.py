@@ -16,7 +16,6 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Union
 
-import re2
 from msgspec import Struct
 
 from ckptconv.errors import Refusal, printable
@@ -173,6 +172,8 @@ class Pattern(Struct, frozen=True, dict=True):
     def _compiled(self) -> Any:
         if self.is_simple:
             return re.compile(self.expression, re.DOTALL)
+        import re2
+
         options = re2.Options()
         options.max_mem = 8 << 20
         options.log_errors = False
