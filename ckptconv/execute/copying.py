@@ -94,7 +94,9 @@ def batches(copies: Iterable[Copy]) -> list[list[Copy]]:
             small, size = [], 0
         small.append(copy)
         size += nbytes
-    return work + ([small] if small else [])
+    work += [small] if small else []
+    # What could not be cut comes first: at the end, one worker would be busy with it and the others with nothing.
+    return sorted(work, key=lambda batch: -max(0, sum(copy.nbytes for copy in batch) - _PART))
 
 
 def _merged(copies: Iterable[Copy]) -> Iterator[Copy]:

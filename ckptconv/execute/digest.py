@@ -17,7 +17,7 @@ from ckptconv.spec import Manifest
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-_BLOCK = 1 << 20
+_BLOCK, _LARGE = 1 << 20, 16 << 20
 
 
 def digest_tensors(
@@ -63,7 +63,10 @@ def digest_tensors(
                     progress(place.spec.nbytes)
         return digests
 
-    unread.sort(key=lambda names: (placed[names[0]].storage.file, placed[names[0]].storage.offset, placed[names[0]].offset))
+    # As they lie in the files, but for those so large that one worker would be busy with the last one while the others have nothing.
+    unread.sort(key=lambda names: (
+        -max(0, placed[names[0]].spec.nbytes - _LARGE), placed[names[0]].storage.file, placed[names[0]].storage.offset, placed[names[0]].offset
+    ))  # fmt: skip
     sources.announce(
         (place.storage.file, place.storage.offset + place.offset, place.spec.nbytes) for place in (placed[names[0]] for names in unread)
     )
