@@ -5,7 +5,6 @@ It is a hint and no promise: durability comes from the fsync alone, and where th
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from functools import cache
 from typing import Any
@@ -25,6 +24,8 @@ def _call() -> Any:
     """glibc's and musl's ``sync_file_range``; None elsewhere."""
     if not sys.platform.startswith("linux"):
         return None
+    import ctypes
+
     try:
         found = ctypes.CDLL(None, use_errno=True).sync_file_range
     except (OSError, AttributeError):
