@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ckptconv._version import __version__
 
 if TYPE_CHECKING:
-    from ckptconv.api import batch, check, convert, diff, explain, finish, inspect, load, plan, run, status, suggest, verify, work
+    from ckptconv.api import batch, convert, diff, explain, finish, inspect, load, plan, run, status, suggest, verify, work
     from ckptconv.errors import CkptconvError, FitError, InputError, OutputError, Problem, UsageError
+    from ckptconv.rulefiles import check
 
 __all__ = [
     "CkptconvError", "FitError", "InputError", "OutputError", "Problem", "UsageError",
@@ -41,5 +42,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ckptconv' has no attribute {name!r}")
     from importlib import import_module
 
-    home = "ckptconv.errors" if name[0].isupper() else "ckptconv.api"
+    home = "ckptconv.errors" if name[0].isupper() else "ckptconv.rulefiles" if name == "check" else "ckptconv.api"
     return getattr(import_module(home), name)

@@ -1,4 +1,4 @@
-"""The whole job as functions: ``explain``, ``suggest``, ``run``, ``plan``, ``convert``, ``load``, ``inspect``, ``diff``, ``verify``, ``check``.
+"""The whole job as functions: ``explain``, ``suggest``, ``run``, ``plan``, ``convert``, ``load``, ``inspect``, ``diff``, ``verify``.
 
 The command line calls these and nothing else. Problems come as :class:`~ckptconv.errors.CkptconvError`, all of them at once. Each
 function imports what it needs: ``inspect`` does not wait for the rule language, nor ``check`` for the readers of checkpoints.
@@ -6,12 +6,11 @@ function imports what it needs: ``inspect`` does not wait for the rule language,
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -19,18 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Union
 
 from msgspec.structs import replace
 
-from ckptconv.errors import CkptconvError, FitError, OutputError, Problem, Refusal, UsageError, named, printable
+from ckptconv.errors import CkptconvError, FitError, Problem, Refusal, UsageError, named, printable
 from ckptconv.places.visiting import is_remote, near, visit
 from ckptconv.spec import DType, Manifest, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptconv import ruletests
     from ckptconv.backwards import BackRule
     from ckptconv.report.batch import BatchItem, BatchReport
     from ckptconv.report.explaining import Explanation, SuggestReport
-    from ckptconv.report.model import Difference, Inspection, LockReport, RuleReport, RunReport
+    from ckptconv.report.model import Difference, Inspection, RunReport
     from ckptconv.ruleset.model import RuleFile
     from ckptconv.stage.preparing import Options, Prepared
     from ckptconv.stage.producing import Produced, Progress
@@ -227,6 +225,7 @@ def plan(
 
             on_paper = figures(made, cut, workers, store)
     if out is not None:
+        from ckptconv.execute.small_files import refuse_to_overwrite, write_text
         from ckptconv.stage.planfile import plan_for_work
 
         refuse_to_overwrite(Path(out), [word for word in (rules, source, destination) if isinstance(word, (str, Path))])
@@ -325,6 +324,8 @@ def save_manifest(source: str, out: str | Path, *, select: Sequence[str] = (), f
     from ckptconv.stage.opening import manifest_of_word
 
     manifest = manifest_of_word(source, select, timeout)
+    from ckptconv.execute.small_files import refuse_to_overwrite, write_text
+
     refuse_to_overwrite(Path(out), [source])
     write_text(Path(out), json.dumps(manifest.to_json(), ensure_ascii=False, indent=1) + "\n", force=force)
     return manifest
@@ -382,12 +383,13 @@ def suggest(
     ('convertible', 'L0 L1 L3', ['out.weight', 'out.bias'])
     """
     from ckptconv import asking
+    from ckptconv.execute.small_files import refuse_to_overwrite
 
     for written in (out, apply):
         if written is not None:
             refuse_to_overwrite(Path(written), [source, target])
     words = asking.Words(pairs, parity, select, timeout, threads)
-    return asking.suggest(run, write_text, source, target, out, words, apply=apply, accept_ambiguous=accept_ambiguous, force=force)
+    return asking.suggest(run, source, target, out, words, apply=apply, accept_ambiguous=accept_ambiguous, force=force)
 
 
 @_visiting
@@ -481,51 +483,6 @@ def verify(
     return replace(report, ladder=ladder, seconds=time.monotonic() - started)
 
 
-def check(rules: Sequence[str | Path]) -> list[tuple[str, tuple[Problem, ...]]]:
-    """Validates rule files and the test files beside them: (file, its problems) for each, no problems where it is right.
-
-    Names of built-in rules work too, and a test file stands for its rule.
-    """
-    from ckptconv.ruleset.model import RuleFile
-    from ckptconv.ruleset.testfile import tests_of
-
-    found: list[tuple[str, tuple[Problem, ...]]] = []
-    for word, parsed in _each_rule(rules):
-        if isinstance(parsed, RuleFile):
-            try:
-                tests_of(parsed)
-            except CkptconvError as error:
-                found.append((word, error.problems))
-            else:
-                found.append((word, ()))
-        else:
-            found.append((word, parsed.problems))
-    return found
-
-
-def rule_tests(rules: Sequence[str | Path] | None = None, *, update: bool = False) -> list[RuleReport]:
-    """Runs the tests of rule files, of all built-in rules where none is named.
-
-    With ``update``, the `expect` of a failing test becomes what the rule makes, in its file; all else of the file stays as it is.
-    """
-    from ckptconv.report.model import RuleReport
-    from ckptconv.ruleset import builtin
-    from ckptconv.ruleset.model import RuleFile
-
-    if update and rules is None:
-        raise UsageError(Problem("CK107", "--update rewrites files, and none is named", try_="ckptconv test rules/mine.yaml --update"))
-    found: list[RuleReport] = []
-    for word, parsed in _each_rule(rules if rules is not None else builtin.names()):
-        if not isinstance(parsed, RuleFile):
-            found.append(RuleReport(word, problems=parsed.problems))
-            continue
-        try:
-            found.append(_tested(word, parsed, update))
-        except CkptconvError as error:
-            found.append(RuleReport(word, problems=error.problems))
-    return found
-
-
 @_visiting
 def invert(
     rules: Rules, like: str | Path, out: str | Path | None = None, *, set: Any = (), config: str | Path | None = None,  # noqa: A002
@@ -554,6 +511,8 @@ def invert(
     except Refusal as refusal:
         raise UsageError(refusal.at(parsed.file)) from None
     if out is not None:
+        from ckptconv.execute.small_files import refuse_to_overwrite, write_text
+
         stem = Path(out).stem
         text = re.sub(r"^name: .*$", f"name: {stem}", back.text, count=1, flags=re.MULTILINE)
         refuse_to_overwrite(Path(out), [like, *([rules] if isinstance(rules, (str, Path)) else [])])
@@ -561,121 +520,6 @@ def invert(
         write_text(Path(out), text, force=force)
         return replace(back, text=text)
     return back
-
-
-def import_rule(word: str, out: str | Path | None = None, *, prove: bool = False, force: bool = False) -> str:
-    """The rule file of ``transformers:MODEL_TYPE``: the installed transformers' own mapping from published checkpoints, as rules.
-
-    ``out`` writes it; the rule is then called as the file is. ``prove`` runs it on the model's own key set, there and back. Raises
-    :class:`~ckptconv.errors.UsageError` for a mapping that rules cannot say, and where the proof fails.
-    """
-    library, colon, model_type = word.partition(":")
-    if library != "transformers" or not colon:
-        raise UsageError(Problem("CK107", f"rules are imported from transformers, not from {printable(word)}", try_="transformers:mixtral"))
-    if importlib.util.find_spec("transformers") is None:
-        raise OutputError(Problem("CK505", "transformers is not installed", try_="pip install transformers"))
-    from ckptconv.importing import proving, transformers_mapping
-
-    try:
-        text = transformers_mapping.rule_for(model_type, "" if out is None else Path(out).stem)
-    except Refusal as refusal:
-        raise UsageError(refusal.at(printable(word))) from None
-    if prove:
-        reason = proving.prove(model_type)
-        if reason:
-            raise FitError(Problem("CK110", f"the imported rule is not proved: {printable(reason, 1000)}", where=printable(word)))
-    if out is not None:
-        write_text(Path(out), text, force=force)
-    return text
-
-
-def lock_rules(folder: str | Path | None = None, *, check: bool = False) -> LockReport:
-    """Locks what every revision of the rules in a folder means (of the built-in rules, where none is named), or ``check``s the lock.
-
-    Nothing is written where a rule changed its meaning under the same revision. ``check`` finds the rules that the lock does not know
-    too, and never writes.
-    """
-    from ckptconv.report.model import LockReport
-    from ckptconv.ruleset import builtin, lock
-
-    where = Path(folder) if folder is not None else builtin.folder()
-    path = where / lock.NAME
-    rules, known = lock.rules_in(where), lock.read(where)
-    problems = tuple(lock.reused(known, rules) + (lock.stale(known, rules) if check else []))
-    text = lock.renewed(known, rules)
-    if problems or check or (path.is_file() and path.read_text(encoding="utf-8") == text):
-        return LockReport(str(path), len(rules), problems=problems)
-    if builtin.is_installed(path):
-        raise UsageError(Problem("CK107", "the lock of an installed package is not rewritten", where=printable(path), try_="name a folder"))
-    write_text(path, text, force=True)
-    return LockReport(str(path), len(rules), written=True)
-
-
-def _tested(word: str, rules: RuleFile, update: bool) -> RuleReport:
-    from ckptconv import ruletests
-    from ckptconv.report.model import RuleReport
-    from ckptconv.stage.opening import rule_file
-
-    outcomes = ruletests.run_tests(rules)
-    changed = _updated(rules, outcomes) if update else ()
-    if changed:
-        outcomes = ruletests.run_tests(rule_file(word))
-    todo = tuple(f"{outcome.name}: {outcome.failures[0]}" for outcome in outcomes if outcome.todo and outcome.failures)
-    failed = sum(not outcome.passed for outcome in outcomes)
-    count = sum(outcome.placed is not None for outcome in outcomes)
-    return RuleReport(word, count, failed, tuple(ruletests.problems(rules, outcomes)), todo, changed)
-
-
-def _updated(rules: RuleFile, outcomes: Sequence[ruletests.Outcome]) -> tuple[str, ...]:
-    """Rewrites the `expect` of failing tests in their files; all of them or, where one cannot be mended, none. Gives back their names."""
-    from ckptconv import ruletests
-    from ckptconv.ruleset import builtin
-    from ckptconv.ruleset.rewriting import rewritten
-
-    if rules.path is None or rules.builtin or builtin.is_installed(rules.path):
-        raise UsageError(
-            Problem("CK107", "--update leaves built-in rules as they are", where=printable(rules.file), try_="name a file by its path")
-        )
-    failing = [outcome for outcome in outcomes if not outcome.passed and not outcome.todo and outcome.placed is not None]
-    unplanned = [outcome for outcome in failing if outcome.made is None]
-    if unplanned:
-        raise UsageError([
-            Problem("CK108", f"test {printable(outcome.name)!r}: nothing is rewritten, because it cannot be planned: {outcome.failures[0]}",
-                    where=outcome.placed.where if outcome.placed else "")
-            for outcome in unplanned
-        ])  # fmt: skip
-    by_file: dict[Path, list[ruletests.Outcome]] = {}
-    for outcome in failing:
-        if (
-            outcome.placed is not None
-            and outcome.placed.file is not None
-            and any(each.kind in ruletests.MENDABLE for each in outcome.failures)
-        ):
-            by_file.setdefault(outcome.placed.file, []).append(outcome)
-    written = {
-        path: rewritten(path, {each.placed.at: each.made for each in group if each.placed is not None and each.made is not None})
-        for path, group in by_file.items()
-    }
-    for path, text in written.items():
-        write_text(path, text, force=True)
-    return tuple(outcome.name for group in by_file.values() for outcome in group)
-
-
-def _each_rule(words: Sequence[str | Path]) -> Iterator[tuple[str, RuleFile | CkptconvError]]:
-    """Every rule that the words mean, once, or why it is none. A test file stands for its rule."""
-    from ckptconv.ruleset.testfile import is_test_file, rule_of
-    from ckptconv.stage.opening import rule_file
-
-    seen: set[str] = set()
-    for word in map(str, words):
-        try:
-            meant = str(rule_of(Path(word))) if is_test_file(Path(word)) else word
-            if meant in seen:
-                continue
-            seen.add(meant)
-            yield meant, rule_file(meant)
-        except CkptconvError as error:
-            yield word, error
 
 
 def manifest_of_state_dict(state_dict: Mapping[str, Any]) -> Manifest:
@@ -772,26 +616,3 @@ def _left_behind(prepared: Prepared, options: Options) -> dict[str, str]:
             if str(key) != head and str(key) not in found:
                 found[str(key)] = type(value).__name__ if not hasattr(value, "name") else str(value.name)
     return found
-
-
-def refuse_to_overwrite(path: Path, others: Iterable[str | Path]) -> None:
-    """Raises :class:`~ckptconv.errors.UsageError` CK502 where ``path`` is one of the other files that a command is given, by any name,
-    or a file that is there in one of the folders."""
-    for other in (Path(other) for other in others if not is_remote(other)):
-        there = os.path.exists(path) and os.path.exists(other)
-        same = os.path.samefile(path, other) if there else os.path.abspath(path) == os.path.abspath(other)
-        inside = there and os.path.isdir(other) and Path(os.path.realpath(other)) in Path(os.path.realpath(path)).parents
-        if same or inside:
-            raise UsageError(
-                Problem("CK502", f"this would overwrite {'a file of ' if inside else ''}{printable(other)}, which the command is given",
-                        where=printable(path), try_="another name")
-            )  # fmt: skip
-
-
-def write_text(path: Path, text: str, *, force: bool) -> None:
-    """Writes a small file as everything is written: beside its place first, then renamed."""
-    from ckptconv.execute.staging import Staging
-
-    with Staging(path, is_folder=False, force=force) as staging:
-        staging.path_of(path.name).write_text(text, encoding="utf-8", newline="")
-        staging.publish(sync=False)

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from ckptconv.compare import compare
 from ckptconv.errors import CkptconvError, FitError, Problem, UsageError, named, printable
+from ckptconv.execute.small_files import write_text
 from ckptconv.explain import pasted as messages
 from ckptconv.explain.commands import output_of
 from ckptconv.explain.findings import explained
@@ -31,7 +32,7 @@ from ckptconv.suggest import Suggestion
 from ckptconv.suggest import suggest as find_rule
 from ckptconv.verify import Ladder
 
-#: :func:`ckptconv.api.run`, which stands a floor above, as does what writes a small file.
+#: :func:`ckptconv.api.run`, which stands a floor above.
 Run = Callable[..., RunReport]
 
 
@@ -79,9 +80,9 @@ def explain(
 
 
 def suggest(
-    run: Run, write: Callable[..., None], source: str | Path, target: str, out: str | Path | None, words: Words, *, apply: str | Path | None, accept_ambiguous: bool, force: bool,
+    run: Run, source: str | Path, target: str, out: str | Path | None, words: Words, *, apply: str | Path | None, accept_ambiguous: bool, force: bool,
 ) -> SuggestReport:  # fmt: skip
-    """As :func:`ckptconv.api.suggest`; ``run`` and ``write`` are its :func:`~ckptconv.api.run` and :func:`~ckptconv.api.write_text`."""
+    """As :func:`ckptconv.api.suggest`; ``run`` is its :func:`~ckptconv.api.run`."""
     path = near(source)
     ask = asked(path, target, Path(out) if out is not None else None, words.pairs, words.select, words.timeout)
     options = {
@@ -100,7 +101,7 @@ def suggest(
     open_rows = [row for row in rows(found) if row.confidence == "ambiguous"]
     text = selecting(found.text, ask.source) if found.text else ""
     if out is not None and text:
-        write(Path(out), text, force=force)
+        write_text(Path(out), text, force=force)
     if apply is not None and text and not problems:
         if open_rows and not settled and not accept_ambiguous:
             problems = (_still_open(open_rows, str(out or ask.name)),)

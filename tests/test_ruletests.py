@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from ckptconv import api, ruletests
+from ckptconv import rulefiles, ruletests
 from ckptconv.errors import UsageError
 from ckptconv.ruleset.model import load, parse
 from ckptconv.ruletests import problems, run_tests
@@ -235,11 +235,11 @@ def test_an_update_rewrites_the_expectation_and_nothing_else(folder, before, aft
     rule.write_bytes(steps.replace("\n", newline).encode())
     head = "" if beside else steps
     tests.write_bytes((head + before).replace("\n", newline).encode())
-    (report,) = api.rule_tests([rule], update=True)
+    (report,) = rulefiles.rule_tests([rule], update=True)
     assert tests.read_bytes().decode() == (head + after).replace("\n", newline)
     assert (report.changed, report.problems) == (("t",), ())
-    assert api.check([rule]) == [(str(rule), ())]
-    assert api.rule_tests([rule], update=True)[0].changed == ()
+    assert rulefiles.check([rule]) == [(str(rule), ())]
+    assert rulefiles.rule_tests([rule], update=True)[0].changed == ()
 
 
 def test_an_update_says_what_it_changed_and_leaves_what_is_right(folder, cli):
@@ -275,7 +275,7 @@ def test_an_update_refuses_what_it_must_not_decide(folder, cli, snapshot, tests,
 def test_a_todo_test_that_fails_is_not_rewritten(folder, snapshot):
     (folder / "r.test.yaml").write_text("tests: [{name: gap, given: {a: [1]}, expect: {c: [1]}, todo: true}]\n")
     before = snapshot(folder)
-    (report,) = api.rule_tests([folder / "r.yaml"], update=True)
+    (report,) = rulefiles.rule_tests([folder / "r.yaml"], update=True)
     assert (report.changed, report.problems, len(report.todo)) == ((), (), 1)
     assert snapshot(folder) == before
 
@@ -289,7 +289,7 @@ def test_built_in_rules_are_never_rewritten(folder, cli, monkeypatch, snapshot):
     monkeypatch.setattr(builtin, "is_installed", lambda path: path.is_relative_to(folder))
     (folder / "r.test.yaml").write_text("tests: [{name: one, given: {a: [1]}, expect: same}]\n")
     before = snapshot(folder)
-    (report,) = api.rule_tests([folder / "r.yaml"], update=True)
+    (report,) = rulefiles.rule_tests([folder / "r.yaml"], update=True)
     assert "--update leaves built-in rules as they are" in report.problems[0].what
     assert snapshot(folder) == before
 

@@ -260,9 +260,9 @@ def check(rules: tuple[str, ...], style: str, as_json: bool, quiet: bool, verbos
     """Validate rule files (or folders of them, or built-in names): all problems with file, line and column. Exit 1 when there are any."""
     out = Output(as_json, quiet, verbose)
     with guarded(out):
-        from ckptconv import api
+        from ckptconv import rulefiles
 
-        found = api.check([*_expanded(rules)])
+        found = rulefiles.check([*_expanded(rules)])
         out.checked(found, style)
         return 1 if any(problems for _, problems in found) else 0
 
@@ -283,9 +283,9 @@ def test(rules: tuple[str, ...], update: bool, style: str, as_json: bool, quiet:
     """
     out = Output(as_json, quiet, verbose)
     with guarded(out):
-        from ckptconv import api
+        from ckptconv import rulefiles
 
-        found = api.rule_tests([*_expanded(rules)] if rules else None, update=update)
+        found = rulefiles.rule_tests([*_expanded(rules)] if rules else None, update=update)
         out.tested(found, style)
         return 1 if any(report.problems for report in found) else 0
 
@@ -369,9 +369,9 @@ def rules_show(name: str) -> None:
 def rules_import(word: str, out: Path | None, prove: bool, force: bool) -> None:
     """Turn the installed transformers' mapping from published checkpoints into a rule file."""
     with guarded(Output(as_json=False, quiet=False, verbose=0)):
-        from ckptconv import api
+        from ckptconv import rulefiles
 
-        text = api.import_rule(word, out, prove=prove, force=force)
+        text = rulefiles.import_rule(word, out, prove=prove, force=force)
         click.echo(text if out is None else f"{out}: written{', proved' if prove else ''}", nl=out is not None)
 
 
@@ -386,9 +386,9 @@ def rules_lock(folder: str | None, only_check: bool, as_json: bool, quiet: bool,
     """
     out = Output(as_json, quiet, verbose)
     with guarded(out):
-        from ckptconv import api
+        from ckptconv import rulefiles
 
-        report = api.lock_rules(folder, check=only_check)
+        report = rulefiles.lock_rules(folder, check=only_check)
         out.locked(report)
         return 1 if report.problems else 0
 

@@ -37,7 +37,7 @@ class Output:
 
     def files(self, report: Path | None, html: Path | None, given: Iterable[object]) -> None:
         """Where the report goes too: never over what the command was ``given``."""
-        from ckptconv.api import refuse_to_overwrite
+        from ckptconv.execute.small_files import refuse_to_overwrite
 
         others = [str(word) for word in given if word]
         for path in (report, html):
@@ -198,7 +198,7 @@ class Output:
         """``--report FILE``: replaced as a whole, like everything that is written."""
         if self.report_file is None:
             return
-        from ckptconv.api import write_text
+        from ckptconv.execute.small_files import write_text
 
         # Once: that a report cannot be written is not tried to be reported in it.
         path, self.report_file = self.report_file, None
@@ -206,7 +206,7 @@ class Output:
 
     def write_page(self, page: Page) -> None:
         """``--html FILE``: likewise."""
-        from ckptconv.api import write_text
+        from ckptconv.execute.small_files import write_text
         from ckptconv.report.html import render
 
         assert self.html_file is not None, "who makes a page asks first"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptconv import api
+from ckptconv import rulefiles
 from ckptconv.errors import UsageError
 from ckptconv.ruleset import builtin, lock
 
@@ -17,18 +17,18 @@ def write(folder, to="b", revision=1, more=""):
 
 
 def said(folder, check=True):
-    return [(problem.what, problem.try_) for problem in api.lock_rules(folder, check=check).problems]
+    return [(problem.what, problem.try_) for problem in rulefiles.lock_rules(folder, check=check).problems]
 
 
 @pytest.fixture
 def folder(tmp_path):
     write(tmp_path)
-    assert api.lock_rules(tmp_path).written
+    assert rulefiles.lock_rules(tmp_path).written
     return tmp_path
 
 
 def test_the_committed_lock_is_current():
-    assert api.lock_rules(check=True).problems == ()
+    assert rulefiles.lock_rules(check=True).problems == ()
     assert set(lock.read(builtin.folder())) >= set(builtin.names())
 
 
@@ -42,7 +42,7 @@ def test_what_does_not_change_the_meaning_needs_no_new_revision(folder):
     write(folder, more="# a comment\ntests: [{name: t, given: {a: [1]}, expect: {b: [1]}}]\n")
     (folder / "r.test.yaml").write_text("tests: [{name: t, given: {a: [1]}, expect: {b: [1]}}]\n")
     assert said(folder) == []
-    assert not api.lock_rules(folder).written
+    assert not rulefiles.lock_rules(folder).written
 
 
 def test_a_new_meaning_under_the_old_revision_fails_and_is_not_locked(folder):
@@ -62,7 +62,7 @@ def test_a_higher_revision_is_locked_and_the_old_one_stays_listed(folder):
     ((what, hint),) = said(folder)
     assert what.startswith("rule 'r' has revision 2 (sha256:")
     assert hint == "run ckptconv rules lock"
-    assert api.lock_rules(folder).written
+    assert rulefiles.lock_rules(folder).written
     assert said(folder) == []
     second = lock.read(folder)["r"]
     assert second.revision == 2
@@ -72,7 +72,7 @@ def test_a_higher_revision_is_locked_and_the_old_one_stays_listed(folder):
 
 def test_a_revision_never_goes_back(folder):
     write(folder, "c", 2)
-    api.lock_rules(folder)
+    rulefiles.lock_rules(folder)
     write(folder, "b", 1)
     assert "rule 'r' went back from revision 2" in said(folder, check=False)[0][0]
     write(folder, "d", 1)
@@ -82,16 +82,16 @@ def test_a_revision_never_goes_back(folder):
 def test_a_rule_that_the_lock_does_not_know_fails_the_check(folder):
     (folder / "new.yaml").write_text("version: 1\nname: new\nsummary: s\nsteps: [{drop: a}]\n")
     assert said(folder) == [("rule 'new' is not in the lock", "run ckptconv rules lock")]
-    assert api.lock_rules(folder).written
+    assert rulefiles.lock_rules(folder).written
     assert said(folder) == []
 
 
 def test_a_name_that_is_gone_stays_taken(folder):
     (folder / "new.yaml").write_text("version: 1\nname: new\nsummary: s\nsteps: [{drop: a}]\n")
-    api.lock_rules(folder)
+    rulefiles.lock_rules(folder)
     (folder / "new.yaml").unlink()
     assert said(folder) == []
-    api.lock_rules(folder)
+    rulefiles.lock_rules(folder)
     assert set(lock.read(folder)) == {"new", "r"}
 
 
@@ -99,7 +99,7 @@ def test_a_name_that_is_gone_stays_taken(folder):
 def test_a_file_that_is_no_lock_is_refused(folder, text):
     (folder / lock.NAME).write_text(text)
     with pytest.raises(UsageError, match="this is no lock of rules"):
-        api.lock_rules(folder)
+        rulefiles.lock_rules(folder)
     assert (folder / lock.NAME).read_text() == text
 
 
