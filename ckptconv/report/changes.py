@@ -46,7 +46,7 @@ def changes(plan: Plan) -> list[Change]:
         elif verb == "renamed":
             # One edit is one line, however many names it touches: all of strip_prefix, say.
             before, after = edit(made_of[0], output.name)
-            key = (verb, output.origin, *skeleton(f"{before}\n{after}").split("\n"))
+            key = (verb, output.origin, skeleton(f"{before}\n{after}"))
         else:
             detail = "" if verb == "tied" else text_of(output.expr)
             key = (verb, output.origin, detail, skeleton(output.name), _skeletons(made_of))
