@@ -30,7 +30,7 @@ MAX_VARIABLES_DEEP = 32  #: a variable that needs one that needs one
 PASSED_THROUGH = Origin()
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):
     """One line of the table while the steps run."""
 
     expr: Expr
@@ -309,7 +309,7 @@ def replaced(table: Table, results: Mapping[str, Sequence[tuple[str, Entry]]], c
     out: dict[str, Entry] = {}
     clashes = 0
     for name, entry in table.items():
-        for new_name, new_entry in results.get(name, ((name, entry),)):
+        for new_name, new_entry in results[name] if name in results else ((name, entry),):
             if new_name in out:
                 clashes += 1
                 if clashes <= 5:
