@@ -44,8 +44,9 @@ class RunReport(Struct, frozen=True):
     optimizer: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        source = {**self.source, "fingerprint": self.plan.source.fingerprint} if self.source and self.plan is not None else dict(self.source)
         return {
-            "ckptconv_report": 1, "ckptconv": __version__, "command": self.command, "rules": dict(self.rules), "source": dict(self.source),
+            "ckptconv_report": 1, "ckptconv": __version__, "command": self.command, "rules": dict(self.rules), "source": source,
             "destination": dict(self.destination), "changes": [change.to_json() for change in self.changes], "notes": list(self.notes),
             "skipped": dict(self.skipped), "target": self.target, "fits": None if self.comparison is None else self.comparison.fits,
             "coverage": None if self.comparison is None else self.comparison.coverage, "allowed": self.allowed,
