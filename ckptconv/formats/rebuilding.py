@@ -31,7 +31,7 @@ class Global(Struct, frozen=True):
     name: str
 
 
-class StorageRef(Struct, frozen=True):
+class StorageRef(Struct, frozen=True, gc=False):
     """A storage that a tensor is a view on; ``dtype`` is None where the tensor says it."""
 
     dtype: DType | None
@@ -46,6 +46,7 @@ def malformed(what: str, at: int = -1, *, code: str = "CK304", found: str = "") 
     return Refusal(what, code=code, found=found or (f"at byte {at:,} of the pickle" if at >= 0 else ""))
 
 
+@lru_cache(maxsize=64)
 def storage_dtype(kind: str) -> tuple[DType | None, int, bool]:
     """dtype (None: the tensor says it), bytes of one element, and whether it is quantised, of a storage class."""
     if kind in STORAGE_DTYPES:
