@@ -157,7 +157,7 @@ class Plan(Struct, frozen=True, dict=True):
     def stored(self) -> tuple[Output, ...]:
         """The outputs that have bytes of their own: all but the aliases of ties, and the moments."""
         aliases = self.manifest.aliases
-        return tuple(output for output in self.outputs if output.name not in aliases) + self.moments
+        return (tuple(output for output in self.outputs if output.name not in aliases) if aliases else self.outputs) + self.moments
 
     @cached_property
     def fingerprint(self) -> str:
