@@ -36,7 +36,9 @@ Texts = Annotated[tuple[str, ...], PlainValidator(_texts), one_or_many({"type": 
 
 
 def _renamed(table: Table, new_names: dict[str, str], context: Context) -> Table:
-    results = {name: ((new, Entry(table[name].expr, context.origin, table[name].identity)),) for name, new in new_names.items()}
+    results = {
+        name: ((new, Entry(entry.expr, context.origin, entry.identity)),) for name, new in new_names.items() for entry in (table[name],)
+    }
     return replaced(table, results, context)
 
 
