@@ -198,7 +198,6 @@ def plan(
 
     ``workers`` asks what its tasks would cost on so many machines, with source and destination at a kind of place: ``disk``, ``nfs`` or ``s3``.
     """
-    from ckptconv.ranges import is_ranges
     from ckptconv.stage.preparing import Options, saved_plan
     from ckptconv.stage.producing import estimate
     from ckptconv.stage.sending import also_words, out_path
@@ -207,7 +206,7 @@ def plan(
     chosen = Options(**options)
     with _with_report("plan", chosen, destination or ""):
         prepared = _prepared(rules, near(source), chosen, plan_file)
-    made, peak = estimate(prepared, out_path(destination) if destination is not None else None, chosen)
+    made, computed, peak = estimate(prepared, out_path(destination) if destination is not None else None, chosen)
     shape, layout = (made.shape, made.layout) if made is not None else (None, None)
     tasks: dict[str, float] = {}
     on_paper: dict[str, Any] = {}
@@ -233,12 +232,12 @@ def plan(
         saved = saved_plan(prepared) if made is None or elsewhere else plan_for_work(made, Path(out))
         write_text(Path(out), json.dumps(saved, ensure_ascii=False, indent=1), force=chosen.force)
     manifest = prepared.plan.manifest
-    copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored if is_ranges(output.expr, prepared.source.placed))
     report = _report("plan", prepared, chosen, {
         "path": named(destination or ""), "format": shape.format if shape else "", "files": [file.name for file in layout.files] if layout else [],
         "tensors": len(manifest), "nbytes": layout.nbytes if layout else manifest.nbytes, "written": False,
     })  # fmt: skip
-    cost = {"copied_nbytes": copied, "computed_nbytes": manifest.nbytes - copied, "peak_nbytes": peak, **tasks}
+    copied = sum(output.expr.spec.nbytes for output in prepared.plan.stored) - computed
+    cost = {"copied_nbytes": copied, "computed_nbytes": computed, "peak_nbytes": peak, **tasks}
     return replace(report, cost=cost, on_paper=on_paper, seconds=time.monotonic() - started)
 
 
@@ -599,7 +598,7 @@ def _source_json(prepared: Prepared) -> dict[str, Any]:
     source = prepared.source
     return {
         "path": named(source.path), "format": source.contents.format, "container": source.container.path, "tensors": len(source.manifest),
-        "parameters": source.manifest.numel, "nbytes": source.manifest.nbytes, "fingerprint": source.manifest.fingerprint,
+        "parameters": source.manifest.numel, "nbytes": source.manifest.nbytes,
     }  # fmt: skip
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from msgspec import Struct
 
 MAX_NAME = 1024
 #: An index. A longer run of digits is text: it counts nothing, and Python refuses to read it as a number.
 _DIGITS = re.compile(r"(?<!\d)\d{1,18}(?!\d)")
+_RUNS = re.compile(r"\d+")
 _PARTS = re.compile(r"(\d+)")
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -50,7 +53,15 @@ def skeleton(name: str) -> str:
     >>> skeleton("layers.11.fc1.weight")
     'layers.#.fc#.weight'
     """
-    return _DIGITS.sub("#", name)
+    # Half a million names are a few dozen when all their digits are the same.
+    return _without_indices(name.encode("utf-8", "surrogatepass").translate(_ZEROS)) or _DIGITS.sub("#", name)
+
+
+@lru_cache(maxsize=65536)
+def _without_indices(zeros: bytes) -> str | None:
+    """The skeleton, unless it has digits that are text: which ones, ``zeros`` does not tell."""
+    found = _DIGITS.sub("#", zeros.decode("utf-8", "surrogatepass"))
+    return None if _RUNS.search(found) else found
 
 
 class Template(Struct, frozen=True):
@@ -81,7 +92,8 @@ def _templates(members: list[str]) -> list[Template]:
     """One template for members of one skeleton, or several when the numbers do not form a full grid."""
     if len(members) == 1:
         return [Template(members[0], (members[0],))]
-    rows = [tuple(_DIGITS.findall(name)) for name in members]
+    # Where the skeleton has no digit left, every run of digits is an index.
+    rows = list(map((_DIGITS if _RUNS.search(skeleton(members[0])) else _RUNS).findall, members))
     columns = [sorted(set(column), key=int) for column in zip(*rows, strict=True)]
     count = 1
     for column in columns:

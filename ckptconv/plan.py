@@ -21,14 +21,11 @@ from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.transforms.base import Transform
 
 
-class Read(Struct, frozen=True):
+class Read(Struct, frozen=True, gc=False):
     """A tensor of the source, by its name there."""
 
     name: str
     spec: TensorSpec
-
-    def __hash__(self) -> int:  # names tell them apart, and there may be half a million
-        return hash(self.name)
 
     @property
     def arguments(self) -> tuple[Expr, ...]:
@@ -110,7 +107,7 @@ def walk(expressions: Iterable[Expr]) -> Iterator[Expr]:
                 stack.extend((argument, False) for argument in reversed(node.arguments))
 
 
-class Origin(Struct, frozen=True):
+class Origin(Struct, frozen=True, gc=False):
     """Which line of which rule file made something."""
 
     file: str = ""
@@ -122,7 +119,7 @@ class Origin(Struct, frozen=True):
         return f"{self.file}:{self.line}  {self.op} (step {self.step})" if self.step else "passed through"
 
 
-class Output(Struct, frozen=True):
+class Output(Struct, frozen=True, gc=False):
     """One line of the table. ``origin`` is the last step that touched it."""
 
     name: str
@@ -160,7 +157,7 @@ class Plan(Struct, frozen=True, dict=True):
     def stored(self) -> tuple[Output, ...]:
         """The outputs that have bytes of their own: all but the aliases of ties, and the moments."""
         aliases = self.manifest.aliases
-        return tuple(output for output in self.outputs if output.name not in aliases) + self.moments
+        return (tuple(output for output in self.outputs if output.name not in aliases) if aliases else self.outputs) + self.moments
 
     @cached_property
     def fingerprint(self) -> str:

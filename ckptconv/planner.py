@@ -212,11 +212,13 @@ def _error(problems: Sequence[Problem]) -> CkptconvError:
 
 def _ties(table: Table) -> tuple[tuple[str, ...], ...]:
     """Outputs that are one tensor: the same expression and the same identity. Empty tensors have nothing to share."""
-    groups: dict[tuple[Expr, str], list[str]] = {}
+    firsts: dict[tuple[Expr, str], str] = {}
+    ties: dict[str, list[str]] = {}
     for name, entry in table.items():
-        if entry.expr.spec.numel:
-            groups.setdefault((entry.expr, entry.identity), []).append(name)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+        first = firsts.setdefault((entry.expr, entry.identity), name)
+        if first is not name and entry.expr.spec.numel:
+            ties.setdefault(first, [first]).append(name)
+    return tuple(map(tuple, ties.values()))
 
 
 def _undone_ties(source: Manifest, outputs: Sequence[Output], ties: Sequence[Sequence[str]]) -> list[str]:

@@ -43,7 +43,7 @@ def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
 def begin() -> None:
     """From here on a signal is raised in the main thread as :class:`Signalled`."""
     # Plans are hundreds of thousands of small objects without cycles: looking for cycles among them again and again costs half the time.
-    gc.set_threshold(2_000_000, 50, 50)
+    gc.set_threshold(3_000_000, 50, 50)
     sys.unraisablehook = _raise_again
     _handle(_raise)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from functools import lru_cache
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -51,6 +53,8 @@ class DType(str, Enum):
     uint16 = "uint16"
     uint8 = "uint8"
     bool = "bool"
+
+    __hash__ = str.__hash__  # a name and its value are one text; Enum's own hash is a function of Python
 
     def __str__(self) -> str:
         return self.value
@@ -119,7 +123,7 @@ def widens(source: DType, to: DType) -> bool:
     return False
 
 
-class TensorSpec(Struct, frozen=True):
+class TensorSpec(Struct, frozen=True, gc=False):
     """Shape and dtype of one tensor.
 
     >>> TensorSpec((768, 768), DType.bfloat16).nbytes
@@ -165,6 +169,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+@lru_cache(maxsize=65536)
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """True when the elements lie one after the other in row-major order; axes of size 1 may have any stride."""
     if 0 in shape:
@@ -218,20 +223,20 @@ class Manifest(Struct, frozen=True):
         return {name: group[0] for group in self.ties for name in group[1:]}
 
     @property
-    def stored(self) -> dict[str, TensorSpec]:
+    def stored(self) -> Mapping[str, TensorSpec]:
         """What has bytes of its own: all names but the aliases."""
         aliases = self.aliases
-        return {name: spec for name, spec in self.tensors.items() if name not in aliases}
+        return self.tensors if not aliases else {name: spec for name, spec in self.tensors.items() if name not in aliases}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, a tie counted once."""
-        return sum(spec.nbytes for spec in self.stored.values())
+        return sum(count * spec.nbytes for spec, count in Counter(self.stored.values()).items())
 
     @property
     def numel(self) -> int:
         """Elements of all tensors, a tie counted once."""
-        return sum(spec.numel for spec in self.stored.values())
+        return sum(count * spec.numel for spec, count in Counter(self.stored.values()).items())
 
     @property
     def fingerprint(self) -> str:

@@ -105,6 +105,8 @@ def test_a_step(steps, given, expect):
          "  try: give it with --set NAME=VALUE, --config FILE, or vars: in the rule file"),
         ("- rename: {a: __metadata__}", {"a": [1]},
          "r.yaml:5:3  rename (step 1)  [CK209]\n  the name __metadata__ is reserved by safetensors: '__metadata__'\n  found: made from a"),
+        ("- fill: {to: __metadata__, shape: [], value: zeros}", {"a": [2]},
+         "r.yaml:5:3  fill (step 1)  [CK209]\n  the name __metadata__ is reserved by safetensors: '__metadata__'"),
         ("- unstack: {from: a, over: e, to: 'x.{e}'}", {"a": [200000]},
          "r.yaml:5:3  unstack (step 1)  [CK211]\n  a: unstacking would give 200,000 tensors; at most 100,000 are allowed"),
     ],

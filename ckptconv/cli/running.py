@@ -57,7 +57,8 @@ class Output:
         click.echo(json.dumps(data, ensure_ascii=False, indent=1))
 
     def run_report(self, report: RunReport, style: str = "text") -> None:
-        self.write_report(report.to_json())
+        if self.report_file is not None:
+            self.write_report(report.to_json())
         if self.html_file is not None:
             from ckptconv.report.page import page_of_run
 

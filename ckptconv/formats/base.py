@@ -19,7 +19,7 @@ from ckptconv.spec import Box, Manifest, TensorSpec, is_contiguous
 INDEX_SUFFIX = ".index.json"  #: of the file that says which shard holds which tensor
 
 
-class Storage(Struct, frozen=True):
+class Storage(Struct, frozen=True, gc=False):
     """A run of bytes in one of a checkpoint's files, on which one or more tensors are views."""
 
     file: int  #: index into ``Contents.files``
@@ -29,7 +29,7 @@ class Storage(Struct, frozen=True):
     big_endian: bool = False
 
 
-class Placed(Struct, frozen=True):
+class Placed(Struct, frozen=True, gc=False):
     """One tensor of a source: its spec, and the view on its storage. Bounds were checked by the reader."""
 
     spec: TensorSpec
@@ -139,12 +139,14 @@ class Container(Struct, frozen=True):
 
     @staticmethod
     def _ties(tensors: Mapping[str, Placed]) -> tuple[tuple[str, ...], ...]:
-        seen: dict[tuple[Any, ...], list[str]] = {}
+        firsts: dict[tuple[Any, ...], str] = {}
+        ties: dict[str, list[str]] = {}
         for name, placed in tensors.items():
-            if placed.spec.numel:
-                key = (placed.storage.file, placed.storage.offset, placed.offset, placed.strides, placed.spec)
-                seen.setdefault(key, []).append(name)
-        return tuple(tuple(group) for group in seen.values() if len(group) > 1)
+            storage = placed.storage
+            first = firsts.setdefault((storage.file, storage.offset, placed.offset, placed.strides, placed.spec), name)
+            if first is not name and placed.spec.numel:
+                ties.setdefault(first, [first]).append(name)
+        return tuple(map(tuple, ties.values()))
 
 
 class Contents(Struct, frozen=True):

@@ -160,7 +160,7 @@ def is_flat_optimizer(node: dict[Any, Any]) -> bool:
 def _is_state_dict(node: dict[Any, Any]) -> bool:
     """Tensors, and beside them only what a state_dict may hold; or dicts of nothing but tensors (then their names are joined)."""
     tensors = sum(map(_is_tensor, node.values()))
-    others = [value for value in node.values() if not _is_tensor(value) and not isinstance(value, _SCALARS)]
+    others = [value for value in node.values() if not isinstance(value, _SCALARS) and not _is_tensor(value)] if tensors < len(node) else []
     if not tensors or not any(isinstance(value, (Placed, Composite)) for value in node.values()):
         return False
     if any(isinstance(value, dict) and not _only_tensors(value) for value in others) or any(map(_is_module, others)):

@@ -76,43 +76,43 @@ class _Machine:
             elif op == 0x68:  # BINGET
                 stack.append(memo[raw[at]])
                 at += 1
+            elif op == 0x4B:  # BININT1
+                stack.append(raw[at])
+                at += 1
+            elif op == 0x28:  # MARK
+                if len(marks) >= MAX_MARKS:
+                    raise malformed(f"the pickle nests deeper than {MAX_MARKS}", at)
+                marks.append(stack)
+                stack = []
+            elif op == 0x58:  # BINUNICODE
+                made += 1
+                (size,) = unpack_u4(raw, at)
+                stack.append(self.text(at + 4, size))
+                at += 4 + size
+            elif op == 0x74:  # TUPLE
+                made += 1
+                whole = tuple(stack)
+                stack = self.unmark(marks)
+                stack.append(whole)
+            elif op == 0x85:  # TUPLE1
+                made += 1
+                stack.append((stack.pop(),))
+            elif op == 0x52:  # REDUCE
+                made += 1
+                arguments = stack.pop()
+                stack.append(self.reduce(stack.pop(), arguments))
+            elif op == 0x51:  # BINPERSID
+                stack.append(self.persistent(stack.pop()))
+            elif op == 0x89:  # NEWFALSE
+                stack.append(False)
+            elif op == 0x29:  # EMPTY_TUPLE
+                stack.append(())
             elif op == 0x71:  # BINPUT
                 memo[raw[at]] = stack[-1]
                 at += 1
             elif op == 0x6A:  # LONG_BINGET
                 stack.append(memo[unpack_u4(raw, at)[0]])
                 at += 4
-            elif op == 0x4B:  # BININT1
-                stack.append(raw[at])
-                at += 1
-            elif op == 0x58:  # BINUNICODE
-                made += 1
-                (size,) = unpack_u4(raw, at)
-                stack.append(self.text(at + 4, size))
-                at += 4 + size
-            elif op == 0x28:  # MARK
-                if len(marks) >= MAX_MARKS:
-                    raise malformed(f"the pickle nests deeper than {MAX_MARKS}", at)
-                marks.append(stack)
-                stack = []
-            elif op == 0x74:  # TUPLE
-                made += 1
-                whole = tuple(stack)
-                stack = self.unmark(marks)
-                stack.append(whole)
-            elif op == 0x51:  # BINPERSID
-                stack.append(self.persistent(stack.pop()))
-            elif op == 0x52:  # REDUCE
-                made += 1
-                arguments = stack.pop()
-                stack.append(self.reduce(stack.pop(), arguments))
-            elif op == 0x89:  # NEWFALSE
-                stack.append(False)
-            elif op == 0x29:  # EMPTY_TUPLE
-                stack.append(())
-            elif op == 0x85:  # TUPLE1
-                made += 1
-                stack.append((stack.pop(),))
             elif op == 0x86:  # TUPLE2
                 made += 1
                 second = stack.pop()

@@ -31,7 +31,7 @@ class Global(Struct, frozen=True):
     name: str
 
 
-class StorageRef(Struct, frozen=True):
+class StorageRef(Struct, frozen=True, gc=False):
     """A storage that a tensor is a view on; ``dtype`` is None where the tensor says it."""
 
     dtype: DType | None
@@ -46,6 +46,7 @@ def malformed(what: str, at: int = -1, *, code: str = "CK304", found: str = "") 
     return Refusal(what, code=code, found=found or (f"at byte {at:,} of the pickle" if at >= 0 else ""))
 
 
+@lru_cache(maxsize=64)
 def storage_dtype(kind: str) -> tuple[DType | None, int, bool]:
     """dtype (None: the tensor says it), bytes of one element, and whether it is quantised, of a storage class."""
     if kind in STORAGE_DTYPES:
@@ -69,11 +70,16 @@ def _sizes(value: Any, what: str) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _view(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> tuple[TensorSpec, int, tuple[int, ...], bool]:
-    """Spec, elements from the first to the last, strides, and whether it has more elements than any tensor can. Few shapes are many tensors'."""
+def _view(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> tuple[TensorSpec, int, bool]:
+    """Spec, elements from the first to the last, and whether it has more elements than any tensor can. Few shapes are many tensors'."""
     beyond = prod(n or 1 for n in shape) > MAX_ELEMENTS
     span = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if 0 not in shape else 0
-    return TensorSpec(shape, dtype), span, strides if 0 not in shape else contiguous_strides(shape), beyond
+    return TensorSpec(shape, dtype), span, beyond
+
+
+def _stepped(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides without what a file says of axes that nobody steps along: it may be anything, and chosen so that all of it hashes alike."""
+    return contiguous_strides(shape) if 0 in shape else tuple([step if size > 1 else 1 for size, step in zip(shape, strides, strict=True)])
 
 
 def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | Unsupported:
@@ -84,6 +90,8 @@ def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | 
     shape, strides = _sizes(size, "shape"), _sizes(stride, "strides")
     if len(shape) != len(strides):
         raise malformed("a tensor with more sizes than strides, or fewer", code="CK305", found=f"{list(shape)} and {list(strides)}")
+    if 0 in shape or 1 in shape:
+        strides = _stepped(shape, strides)
     if reference.quantised:
         return Unsupported("quantized")  # without a quantiser beside it, its numbers mean nothing
     dtype = dtype or reference.dtype
@@ -91,7 +99,7 @@ def _tensor(arguments: tuple[Any, ...], dtype: DType | None = None) -> Placed | 
         raise malformed("a tensor without a dtype", code="CK305")
     width = dtype.nbytes
     available = reference.nbytes // width
-    spec, span, strides, beyond = _view(shape, strides, dtype)
+    spec, span, beyond = _view(shape, strides, dtype)
     needed = offset + span
     if needed > available:
         raise malformed(

@@ -161,22 +161,23 @@ def _entry(entry: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     """Code, shape as the header gives it, and byte range of one tensor, each checked by itself and against the others."""
     if not isinstance(entry, dict):
         raise _broken("must be an object with dtype, shape and data_offsets", found=printable(repr(entry)))
-    missing = _FIELDS - entry.keys()
-    if missing:
-        raise _broken(f"has no {' and no '.join(sorted(missing))}")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    try:
+        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except KeyError:
+        raise _broken(f"has no {' and no '.join(sorted(_FIELDS - entry.keys()))}") from None
     if not isinstance(code, str) or code not in _BITS:
         raise _broken("unknown dtype", found=printable(repr(code)), try_=", ".join(_BITS))
     if not _sizes(shape) or len(shape) > MAX_RANK:
         raise _broken(f"shape must be a list of at most {MAX_RANK} sizes", found=printable(repr(shape)))
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _broken("data_offsets must be [begin, end] with begin <= end", found=printable(repr(offsets)))
+    numel = prod(shape)
     # A product that overflows is one even where another axis is empty.
-    if prod(filter(None, shape)) > MAX_ELEMENTS:
+    if numel > MAX_ELEMENTS or (not numel and prod(filter(None, shape)) > MAX_ELEMENTS):
         raise _broken("the shape has more elements than 64 bits can count", found=printable(repr(shape)))
     if code == "F4" and (not shape or shape[-1] % 2):
         raise _broken("F4 numbers come in pairs, so the last axis must be even", found=repr(shape))
-    nbits = prod(shape) * _BITS[code]
+    nbits = numel * _BITS[code]
     if nbits != 8 * (offsets[1] - offsets[0]):
         raise _broken("shape and dtype need another number of bytes than data_offsets gives",
                       found=f"{shape} {code} is {nbits / 8:g} bytes, {offsets} is {offsets[1] - offsets[0]:,}")  # fmt: skip

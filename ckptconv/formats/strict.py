@@ -18,6 +18,7 @@ from ckptconv.places.presence import arriving, version_of
 Identity = tuple[int, int, int, int]
 #: More digits than any 64-bit number has. Longer ones become floats: parsing them exactly costs quadratic time.
 _INT_DIGITS = 20
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 #: What a JSON text may be made of (docs/limits.md), counted by its commas and brackets: each costs up to a hundred bytes when it is parsed.
 MAX_VALUES = 2_000_000
 
@@ -98,6 +99,12 @@ def allowance(nbytes: int) -> int:
     return 1 + (nbytes >> 30)
 
 
+def _may_have_odd_integers(raw: bytes) -> bool:
+    """True unless no number in a JSON text is negative or longer than any 64-bit number."""
+    zeros = raw.translate(_ZEROS)
+    return b"-0" in zeros or b"0" * _INT_DIGITS in zeros
+
+
 def parse_json(raw: bytes, *, code: str, times: int = 1) -> Any:
     """Strict JSON: UTF-8, no duplicate keys, no NaN, no infinite numbers, no lone surrogates, no bottomless nesting.
 
@@ -136,9 +143,10 @@ def parse_json(raw: bytes, *, code: str, times: int = 1) -> Any:
     values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if values > MAX_VALUES * times:
         raise Refusal(f"the JSON has more than {MAX_VALUES * times:,} values", code=code, found=f"{values:,} commas and brackets")
+    parse_int = integer if _may_have_odd_integers(raw) else int  # which json does by itself, in a third of the time
     try:
         text = raw.decode("utf-8")
-        parsed = json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_float=number, parse_constant=constant)
+        parsed = json.loads(text, object_pairs_hook=unique, parse_int=parse_int, parse_float=number, parse_constant=constant)
         if "\\u" in text:
             # Only an escape can smuggle in half a character; writing the text out again finds it.
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")

@@ -33,7 +33,7 @@ _KNOWN = frozenset({"data.pkl", "byteorder", "version", ".format_version", ".sto
 VERSIONS = (b"3", b"2", b"1", b"4", b"5", b"6", b"7", b"8", b"9", b"10")
 
 
-class Record(Struct, frozen=True):
+class Record(Struct, frozen=True, gc=False):
     """One stored file of the archive: where its bytes are."""
 
     name: str  #: without the archive's own name
@@ -193,14 +193,13 @@ def directory(descriptor: int, base: int = 0, size: int | None = None) -> dict[s
         at += name_n + extra_n + comment_n
         packed, plain, header = _wide(extra, packed, plain, header)
         whole = _name(raw_name)
-        code = whole.partition("/")[2].startswith("code/")  # of a TorchScript archive: it lies there, and is never looked at
-        if code and method in (0, 8):
+        top, slash, name = whole.partition("/")
+        if method in (0, 8) and name.startswith("code/"):  # of a TorchScript archive: it lies there, and is never looked at
             plain = packed
         elif method or packed != plain:
             raise _bad(f"record {printable(whole)!r} is compressed; torch stores records as they are", code="CK306")
         if flags & 0x41 or disk:
             raise _bad(f"record {printable(whole)!r} is encrypted, or on another disk", code="CK306")
-        top, slash, name = whole.partition("/")
         if not slash or (prefix is not None and top != prefix):
             raise _bad("the records do not lie in one folder", code="CK306", found=printable(whole))
         prefix = top

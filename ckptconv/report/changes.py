@@ -36,7 +36,7 @@ class Change(Struct, frozen=True):
 def changes(plan: Plan) -> list[Change]:
     """Every output and every dropped tensor of the plan, in as few lines as its steps and templates allow."""
     aliases = plan.manifest.aliases
-    groups: dict[tuple[Any, ...], tuple[str, str, Origin, list[tuple[str, tuple[str, ...]]]]] = {}
+    groups: dict[tuple[Any, ...], tuple[str, str, Origin, list[str], dict[str, None]]] = {}
     key: tuple[Any, ...]
     for output in plan.outputs:
         verb = "tied" if output.name in aliases else verb_of(output)
@@ -46,24 +46,25 @@ def changes(plan: Plan) -> list[Change]:
         elif verb == "renamed":
             # One edit is one line, however many names it touches: all of strip_prefix, say.
             before, after = edit(made_of[0], output.name)
-            key = (verb, output.origin, *skeleton(f"{before}\n{after}").split("\n"))
+            key = (verb, output.origin, skeleton(f"{before}\n{after}"))
         else:
             detail = "" if verb == "tied" else text_of(output.expr)
             key = (verb, output.origin, detail, skeleton(output.name), _skeletons(made_of))
         group = groups.get(key)
         if group is None:
             said = "" if verb == "unchanged" else f"{before!r} to {after!r}" if verb == "renamed" else detail
-            group = groups[key] = (verb, said, output.origin, [])
-        group[3].append((output.name, made_of))
+            group = groups[key] = (verb, said, output.origin, [], {})
+        group[3].append(output.name)
+        for source in made_of:
+            group[4][source] = None
     return [_change(*group) for group in groups.values()] + _dropped(plan)
 
 
-def _change(verb: str, detail: str, origin: Origin, members: list[tuple[str, tuple[str, ...]]]) -> Change:
-    sources = tuple(collapse(_flat(made_of for _, made_of in members)))
-    outputs = tuple(collapse([name for name, _ in members]))
+def _change(verb: str, detail: str, origin: Origin, names: list[str], made_of: dict[str, None]) -> Change:
+    sources, outputs = tuple(collapse(list(made_of))), tuple(collapse(names))
     if verb == "renamed" and len(sources) <= FEW:
         detail = ""  # the templates say it themselves
-    return Change(verb, sources, outputs, len(members), detail, origin)
+    return Change(verb, sources, outputs, len(names), detail, origin)
 
 
 def edit(old: str, new: str) -> tuple[str, str]:
@@ -121,7 +122,3 @@ def _dropped(plan: Plan) -> list[Change]:
 
 def _skeletons(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(skeleton(name) for name in names))
-
-
-def _flat(groups: Iterable[tuple[str, ...]]) -> list[str]:
-    return list(dict.fromkeys(name for group in groups for name in group))

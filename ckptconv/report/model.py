@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from msgspec import Struct, field
 from ckptconv._version import __version__
 from ckptconv.errors import Problem
 from ckptconv.names import collapse
-from ckptconv.spec import DType, Manifest
+from ckptconv.spec import DType, Manifest, TensorSpec
 from ckptconv.verify.rungs import Ladder
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ class RunReport(Struct, frozen=True):
     optimizer: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        source = dict(self.source)
+        if source and self.plan is not None:
+            source["fingerprint"] = self.plan.source.fingerprint
         return {
-            "ckptconv_report": 1, "ckptconv": __version__, "command": self.command, "rules": dict(self.rules), "source": dict(self.source),
+            "ckptconv_report": 1, "ckptconv": __version__, "command": self.command, "rules": dict(self.rules), "source": source,
             "destination": dict(self.destination), "changes": [change.to_json() for change in self.changes], "notes": list(self.notes),
             "skipped": dict(self.skipped), "target": self.target, "fits": None if self.comparison is None else self.comparison.fits,
             "coverage": None if self.comparison is None else self.comparison.coverage, "allowed": self.allowed,
@@ -67,19 +71,19 @@ class Candidate(Struct, frozen=True):
     def dtypes(self) -> dict[DType, tuple[int, int]]:
         """dtype -> (tensors, bytes), most bytes first."""
         found: dict[DType, tuple[int, int]] = {}
-        for spec in self.manifest.stored.values():
+        for spec, alike in Counter(self.manifest.stored.values()).items():
             count, nbytes = found.get(spec.dtype, (0, 0))
-            found[spec.dtype] = (count + 1, nbytes + spec.nbytes)
+            found[spec.dtype] = (count + alike, nbytes + alike * spec.nbytes)
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
     def templates(self) -> list[tuple[str, str, int]]:
         """(template, spec, bytes): names collapsed where they have one shape and dtype."""
-        groups: dict[str, list[str]] = {}
+        groups: dict[TensorSpec, list[str]] = {}
         for name, spec in self.manifest.tensors.items():
-            groups.setdefault(str(spec), []).append(name)
+            groups.setdefault(spec, []).append(name)
         order = {name: at for at, name in enumerate(self.manifest.tensors)}
         rows = [
-            (order[template.names[0]], str(template), spec, sum(self.manifest[name].nbytes for name in template.names))
+            (order[template.names[0]], str(template), str(spec), len(template.names) * spec.nbytes)
             for spec, names in groups.items()
             for template in collapse(names)
         ]

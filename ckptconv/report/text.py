@@ -226,10 +226,13 @@ def _print_candidate(candidate: Candidate, console: Console, *, flat: bool, matc
     if tree and not match:
         console.print(Padding(_tree(candidate), (0, 0, 0, 4)))
         return
-    rows = [(name, str(spec), spec.nbytes) for name, spec in manifest.tensors.items()]
-    if patterns:
-        rows = [row for row in rows if any(pattern.match(row[0]) is not None for pattern in patterns)]
-    if not flat and not patterns:
+    if flat or patterns:
+        rows = [
+            (name, str(spec), spec.nbytes)
+            for name, spec in manifest.tensors.items()
+            if not patterns or any(pattern.match(name) is not None for pattern in patterns)
+        ]
+    else:
         rows = candidate.templates()
     _print_columns([(printable(text, 1024), spec, nbytes_text(nbytes)) for text, spec, nbytes in rows], console)
     for group in manifest.ties:

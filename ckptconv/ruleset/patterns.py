@@ -11,8 +11,9 @@ A pattern is a full match, literal by default and aware of the dots. Matching is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import chain
 from math import prod
 from typing import Any, Union
 
@@ -35,12 +36,19 @@ class Index(int):
     text: str
 
     def __new__(cls, text: str) -> Index:
-        self = super().__new__(cls, text)
+        self = int.__new__(cls, text)
         self.text = text
         return self
 
 
 Capture = Union[str, Index]
+_index = lru_cache(maxsize=65536)(Index)  # the names of one block have one number
+
+
+def _text(group: str | None) -> str:
+    return group or ""  # a group may have no part in a match
+
+
 Captures = Mapping[str, Capture]
 
 
@@ -189,8 +197,17 @@ class Pattern(Struct, frozen=True, dict=True):
             ) from None  # fmt: skip
 
     @cached_property
-    def _reads(self) -> tuple[tuple[str, str, Mapping[str, str]], ...]:
-        return tuple((placeholder.name, placeholder.kind, dict(placeholder.choices)) for placeholder in self.placeholders)
+    def _reads(self) -> tuple[tuple[str, Callable[[Any], Capture] | None], ...]:
+        """Of each placeholder: its name, and what it makes of its group where that is not the text itself."""
+        found: list[tuple[str, Callable[[Any], Capture] | None]] = []
+        for placeholder in self.placeholders:
+            if placeholder.kind == "int":
+                found.append((placeholder.name, _index))
+            elif placeholder.kind == "choice":
+                found.append((placeholder.name, dict(placeholder.choices).__getitem__))
+            else:
+                found.append((placeholder.name, _text if self.is_regex or placeholder.kind == "deep" else None))
+        return tuple(found)
 
     def match(self, name: str) -> dict[str, Capture] | None:
         """What the placeholders capture when ``name`` matches as a whole, else None. A choice captures its right-hand word."""
@@ -204,13 +221,9 @@ class Pattern(Struct, frozen=True, dict=True):
         if found is None:
             return None
         captures: dict[str, Capture] = {}
-        for (key, kind, choices), text in zip(self._reads, found.groups(), strict=True):
-            if kind == "int":
-                captures[key] = Index(text)
-            elif kind == "choice":
-                captures[key] = choices[text]
-            elif key:
-                captures[key] = text or ""
+        for (key, read), text in zip(self._reads, found.groups(), strict=True):
+            if key:  # a bare `**` captures nothing
+                captures[key] = text if read is None else read(text)
         return captures
 
     @property
@@ -341,6 +354,20 @@ class Template(Struct, frozen=True, dict=True):
             )
         return found
 
+    def filled(self, captures: Captures) -> str | None:
+        """What :meth:`render` gives, where the template is text and captures, none of them empty; else None."""
+        out: list[str] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                out.append(part)
+                continue
+            value = captures.get(part.name, "")
+            text = value.text if isinstance(value, Index) else value
+            if not text:
+                return None
+            out.append(text)
+        return "".join(out)
+
     def render(self, lookup: Lookup) -> str:
         """The name. An empty ``{m:**}`` capture takes its dot along. Raises CK104 for a value that is missing."""
         out: list[str] = []
@@ -393,21 +420,25 @@ class _Crowd:
             parts = patterns[at].parts
             if parts is not None:
                 by_count.setdefault(len(parts), []).append((at, parts))
-        self._telling: dict[int, int] = {}
-        self._found: dict[tuple[int, str | None], list[int]] = {}
+        #: number of parts -> the telling one, what may match where it is none of those below, and by what it is
+        self._by_count: dict[int, tuple[int, list[int], dict[str, list[int]]]] = {}
         for count, members in by_count.items():
             column = max(range(count), key=lambda column: len({parts[column] for _, parts in members}))
-            self._telling[count] = column
+            open_ = self._always + [at for at, parts in members if parts[column] is None]
+            told: dict[str, list[int]] = {}
             for at, parts in members:
-                self._found.setdefault((count, parts[column]), []).append(at)
+                word = parts[column]
+                if word is not None:
+                    told.setdefault(word, [*open_]).append(at)
+            self._by_count[count] = column, open_, told
 
     def candidates(self, name: str) -> list[int]:
         """The patterns that may match."""
         parts = name.split(".")
-        column = self._telling.get(len(parts))
-        if column is None:
+        if len(parts) not in self._by_count:
             return self._always
-        return [*self._always, *self._found.get((len(parts), parts[column]), ()), *self._found.get((len(parts), None), ())]
+        column, open_, told = self._by_count[len(parts)]
+        return told.get(parts[column], open_)
 
 
 class PatternSet:
@@ -433,14 +464,13 @@ class PatternSet:
 
     def match(self, name: str) -> list[tuple[int, dict[str, Capture]]]:
         """Every pattern that matches, as (its position, its captures), in order."""
-        found: list[tuple[int, dict[str, Capture]]] = [(at, {}) for at in self._literal.get(name, ())]
+        found: list[tuple[int, dict[str, Capture]]] = [(at, {}) for at in self._literal[name]] if name in self._literal else []
         first = name.partition(".")[0]
         near = self._crowds[first].candidates(name) if first in self._crowds else self._by_part.get(first, ())
-        for candidates in (near, self._any):
-            for at in candidates:
-                captures = self.patterns[at].match(name)
-                if captures is not None:
-                    found.append((at, captures))
+        for at in chain(near, self._any) if self._any else near:
+            captures = self.patterns[at].match(name)
+            if captures is not None:
+                found.append((at, captures))
         if len(found) > 1:
             found.sort(key=lambda item: item[0])
         return found

@@ -141,10 +141,12 @@ class Conversion(Struct, frozen=True):
         return Meter(progress or (lambda _stage, _done, _total: None), total)
 
 
-def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Conversion | None, int]:
-    """What producing would write, and its peak memory in bytes; pure."""
-    peak = plan_peak(computed_islands(prepared.plan.stored, prepared.source.placed), options.threads)
-    return None if destination is None else _lay(prepared, shape_of(prepared, destination, options), options), peak
+def estimate(prepared: Prepared, destination: Path | None, options: Options) -> tuple[Conversion | None, int, int]:
+    """What producing would write, how many bytes of it are computed, and its peak memory in bytes; pure."""
+    islands = computed_islands(prepared.plan.stored, prepared.source.placed)
+    computed = sum(output.expr.spec.nbytes for island in islands for output in island)
+    made = None if destination is None else _lay(prepared, shape_of(prepared, destination, options), options)
+    return made, computed, plan_peak(islands, options.threads)
 
 
 def begin(prepared: Prepared, destination: Path, options: Options) -> Conversion:

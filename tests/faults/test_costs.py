@@ -1,6 +1,7 @@
 """docs/limits.md is true, every limit holds at its edge, and what lies below the limits stays within the means that are promised."""
 
 import importlib
+import itertools
 import re
 import struct
 from pathlib import Path
@@ -243,3 +244,13 @@ def test_the_worst_below_the_limits(box, body):
     outcome = box.run("run", "pass.yaml", "in.pth", "out.pth", mb=MB)
     assert outcome.code == 3
     assert outcome.err.startswith("error: in.pth  [CK3")
+
+
+def test_strides_that_hash_alike(box):
+    """Nobody steps along an axis of size 1, so its stride may be anything: here 0 and 2**61 - 1, whose tuples all have one hash."""
+    strides = itertools.product((0, 2**61 - 1), repeat=16)
+    tensors = {f"t{at}": tensor([1] * 16, stride) for at, stride in zip(range(40_000), strides, strict=False)}
+    box.write("in.pth", torch_file(pickled(table(**tensors))))
+    outcome = box.run("inspect", "in.pth", mb=MB)
+    assert outcome.code == 0
+    assert "40,000 tensors, 1 parameters" in outcome.out

@@ -30,7 +30,7 @@ MAX_VARIABLES_DEEP = 32  #: a variable that needs one that needs one
 PASSED_THROUGH = Origin()
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):
     """One line of the table while the steps run."""
 
     expr: Expr
@@ -281,7 +281,8 @@ class Step(BaseModel):
                 context.problem("CK203", f"two entries claim {printable(name)}", found=texts, try_="make one of them narrower")
             if matches:
                 found.append((name, *matches[0]))
-                used.update(at for at, _ in matches)
+            for at, _ in matches:
+                used.add(at)
         if not found:
             self.unmatched(table, context)
         elif len(used) < len(self.patterns.patterns):
@@ -309,7 +310,8 @@ def replaced(table: Table, results: Mapping[str, Sequence[tuple[str, Entry]]], c
     out: dict[str, Entry] = {}
     clashes = 0
     for name, entry in table.items():
-        for new_name, new_entry in results.get(name, ((name, entry),)):
+        made = results.get(name)
+        for new_name, new_entry in ((name, entry),) if made is None else made:
             if new_name in out:
                 clashes += 1
                 if clashes <= 5:
@@ -319,11 +321,10 @@ def replaced(table: Table, results: Mapping[str, Sequence[tuple[str, Entry]]], c
                         try_="drop or rename one of them first",
                     )  # fmt: skip
                 continue
-            if new_name not in table:
-                reason = unusable(new_name)
-                if reason:
-                    context.problem("CK209", f"{reason}: {printable(new_name)!r}", found=f"made from {printable(name)}")
-                    continue
+            reason = unusable(new_name)
+            if reason and new_name not in table:
+                context.problem("CK209", f"{reason}: {printable(new_name)!r}", found=f"made from {printable(name)}")
+                continue
             out[new_name] = new_entry
         if len(out) > MAX_RESULTS:
             context.problem("CK211", f"a step gives more than {MAX_RESULTS:,} names")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.names import unusable
 from ckptconv.plan import Expr, Fill
 from ckptconv.ruleset.patterns import Pattern
 from ckptconv.ruleset.steps.base import Context, DTypeField, Entry, PatternField, Step, Table, TemplateField, integer, rendered, replaced
@@ -68,6 +69,10 @@ class FillStep(Step):
                     context.problem(
                         "CK202", f"two results under one name: {printable(name)}", found=f"{table[name].origin} and {entry.origin}"
                     )
+                    return table
+                reason = unusable(name)
+                if reason:
+                    context.problem("CK209", f"{reason}: {printable(name)!r}")
                     return table
                 new_table[name] = entry
             return new_table

@@ -36,7 +36,9 @@ Texts = Annotated[tuple[str, ...], PlainValidator(_texts), one_or_many({"type": 
 
 
 def _renamed(table: Table, new_names: dict[str, str], context: Context) -> Table:
-    results = {name: [(new, Entry(table[name].expr, context.origin, table[name].identity))] for name, new in new_names.items()}
+    results = {
+        name: ((new, Entry(entry.expr, context.origin, entry.identity)),) for name, new in new_names.items() for entry in (table[name],)
+    }
     return replaced(table, results, context)
 
 
@@ -179,10 +181,12 @@ class Rename(Step):
         return [pattern for pattern, _ in self.entries]
 
     def lower(self, table: Table, context: Context) -> Table:
-        results: dict[str, list[tuple[str, Entry]]] = {}
+        entries, new_names = self.entries, dict[str, str]()
         for name, at, captures in self.claims(table, context):
-            new = rendered(self.entries[at][1], context.scope.lookup(captures, table, name), context, name)
+            template = entries[at][1]
+            new = template.filled(captures)
+            if new is None:
+                new = rendered(template, context.scope.lookup(captures, table, name), context, name)
             if new is not None:
-                entry = table[name]
-                results[name] = [(new, Entry(entry.expr, context.origin, entry.identity))]
-        return replaced(table, results, context)
+                new_names[name] = new
+        return _renamed(table, new_names, context)
