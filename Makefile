@@ -7,6 +7,9 @@ JOBS   ?= 2
 SECONDS ?= 600
 SEED    ?= 0
 
+# Compiled modules are kept, whatever the shell says: the tests start Python by the hundred.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test torture fuzz lint format bench cases schema convert clean
 .DEFAULT_GOAL := help
 
