@@ -26,11 +26,12 @@ help:
 
 setup: $(READY)
 
+# What is not torch is compiled when it is first imported: of the thousands of modules of transformers and others, few ever are.
 $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt "torch"
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable . --requirement requirements/dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --no-deps --requirement requirements/models.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements/constraints.txt --editable . --requirement requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements/constraints.txt --no-deps --requirement requirements/models.txt
 	@touch $@
 
 demo: $(READY)
