@@ -10,7 +10,7 @@ SEED    ?= 0
 # Compiled modules are kept, whatever the shell says: the tests start Python by the hundred.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test torture fuzz lint format bench cases schema convert clean
+.PHONY: help setup demo test torture strikes fuzz lint format bench cases schema convert clean
 .DEFAULT_GOAL := help
 
 help:
@@ -47,7 +47,11 @@ test: $(READY)
 
 torture: $(READY)
 	FAULTS=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/faults/output
-	$(BIN)/python tests/faults/output/torture.py --seconds $(SECONDS)
+	@$(MAKE) --no-print-directory strikes
+
+# Faults at random alone. SEED=0: others every time.
+strikes: $(READY)
+	$(BIN)/python tests/faults/output/torture.py --seconds $(SECONDS) $(if $(filter-out 0,$(SEED)),--seed $(SEED))
 
 lint: $(READY)
 	$(BIN)/ruff check .
