@@ -7,7 +7,10 @@ JOBS   ?= 2
 SECONDS ?= 600
 SEED    ?= 0
 
-.PHONY: help setup demo test torture fuzz lint format bench cases schema convert clean
+# Compiled modules are kept, whatever the shell says: the tests start Python by the hundred.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help setup demo test torture strikes fuzz lint format bench cases schema convert clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,11 +26,12 @@ help:
 
 setup: $(READY)
 
+# What is not torch is compiled when it is first imported: of the thousands of modules of transformers and others, few ever are.
 $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt "torch"
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable . --requirement requirements/dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --no-deps --requirement requirements/models.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements/constraints.txt --editable . --requirement requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements/constraints.txt --no-deps --requirement requirements/models.txt
 	@touch $@
 
 demo: $(READY)
@@ -43,7 +47,11 @@ test: $(READY)
 
 torture: $(READY)
 	FAULTS=long $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/faults/output
-	$(BIN)/python tests/faults/output/torture.py --seconds $(SECONDS)
+	@$(MAKE) --no-print-directory strikes
+
+# Faults at random alone. SEED=0: others every time.
+strikes: $(READY)
+	$(BIN)/python tests/faults/output/torture.py --seconds $(SECONDS) $(if $(filter-out 0,$(SEED)),--seed $(SEED))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -42,13 +42,13 @@ def test_every_step_is_listed_here_and_explained_there():
         assert f"`{name}`" in RULES
 
 
-def test_the_commands_run(folder, cli):
+def test_the_commands_run(folder, process):
     commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.startswith("ckptconv ")]
     assert len(commands) >= 8
     for command in commands:
         words = shlex.split(command)[1:]
         words += ["--out", "plan.json"] if words[0] == "plan" else []
-        result = cli(*words, cwd=folder)
+        result = process(*words, cwd=folder)
         meant = {"diff": (1,), "explain": (0, 1), "suggest": (0, 1)}.get(words[0], (0,))
         assert result.code in meant, f"{command}\n{result.out}{result.err}"
 

@@ -20,19 +20,19 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_help_names_every_command_with_examples_at_its_end(cli):
-    top = cli("--help")
+def test_help_names_every_command_with_examples_at_its_end(process):
+    top = process("--help")
     assert top.code == 0
     for command in COMMANDS:
         assert re.search(rf"^  {command}\b", top.out, re.MULTILINE)
         if command != "rules":
-            text = cli(command, "--help").out
+            text = process(command, "--help").out
             assert "Examples:" in text
             assert f"  ckptconv {command}" in text.split("Examples:")[1]
 
 
-def test_version(cli):
-    assert re.fullmatch(r"ckptconv \d+\.\d+\.\d+\n", cli("--version").out)
+def test_version(process):
+    assert re.fullmatch(r"ckptconv \d+\.\d+\.\d+\n", process("--version").out)
 
 
 def test_inspect_collapses_names_to_templates(folder, cli):
@@ -198,10 +198,10 @@ def test_nothing_of_a_hostile_name_reaches_the_terminal(tmp_path, cli):
     assert "a\\u202e[red]b[/red]" in result.out
 
 
-def test_a_stranger_in_the_working_folder_is_not_imported(folder, cli):
+def test_a_stranger_in_the_working_folder_is_not_imported(folder, process):
     for module in ("yaml", "torch", "pydantic", "click"):
         (folder / f"{module}.py").write_text("import pathlib; pathlib.Path('marker').touch(); raise SystemExit(9)")
-    result = cli("run", "dataparallel", "in.pth", "out.pth", cwd=folder, env={"PYTHONPATH": f":{ROOT}"})
+    result = process("run", "dataparallel", "in.pth", "out.pth", cwd=folder, env={"PYTHONPATH": f":{ROOT}"})
     assert result.code == 0, result.err
     assert not (folder / "marker").exists()
 

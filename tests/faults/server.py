@@ -13,6 +13,11 @@ import resource
 import signal
 import sys
 import traceback
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from warm import import_everything
 
 WATCHED = ("socket.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn", "subprocess.Popen", "urllib.", "ftplib.", "smtplib.",
            "http.", "poplib.", "imaplib.", "webbrowser.", "pickle.find_class", "ctypes.dlopen", "os.mkdir", "os.rename", "os.remove", "os.rmdir",
@@ -22,19 +27,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def warm(with_torch: bool) -> None:
     """Everything that the commands import, once."""
-    import pydantic  # noqa: F401
-    import re2  # noqa: F401
-    import rich.console  # noqa: F401
-    import yaml  # noqa: F401
-
-    import ckptconv.api
-    import ckptconv.backwards
-    import ckptconv.cli
-    import ckptconv.report.text
-    import ckptconv.ruleset.builtin
-    import ckptconv.stage.producing
-
-    ckptconv.ruleset.builtin.find("dataparallel")
+    import_everything()
     if with_torch:
         import torch
 

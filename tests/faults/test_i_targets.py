@@ -92,11 +92,11 @@ def test_c101_unless_the_user_allows_it(room):
     assert "L2 ok     strict load: py:models:two loaded the written file (strict=True, assign=True)" in outcome.out
 
 
-def test_c103_files_of_the_working_folder_are_not_taken_for_libraries(room, cli):
+def test_c103_files_of_the_working_folder_are_not_taken_for_libraries(room, process):
     for name in ("yaml", "torch", "safetensors", "click", "json", "re2", "rich"):
         room.write(f"{name}.py", "import pathlib; pathlib.Path('marker').touch(); raise SystemExit(3)")
     for _ in range(2):
-        result = cli("run", "pass.yaml", "in.pth", "out.pth", "--force", cwd=room.folder, env={"PYTHONPATH": ":."})
+        result = process("run", "pass.yaml", "in.pth", "out.pth", "--force", cwd=room.folder, env={"PYTHONPATH": ":."})
         assert (result.code, result.err) == (0, "")
     assert not (room.folder / "marker").exists()
 

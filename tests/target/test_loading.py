@@ -46,14 +46,16 @@ def test_strict_loading_in_the_child(model, state, tmp_path):
     assert (good.loaded, good.error) == (True, "")
     assert good.notes == ("load_state_dict(assign=True) unties head.weight and embed.weight: both hold the same values",)
     torch.save({"epoch": 1, "state_dict": {**state, "extra": torch.ones(1)}}, tmp_path / "b.pth")
-    bad = strict_load(model, [tmp_path / "b.pth"], "torch", container="state_dict")
-    assert (bad.loaded, bad.error, bad.unexpected) == (False, "unexpected: extra", ("extra",))
-    assert strict_load(model, [tmp_path / "b.pth"], "torch", container="state_dict", allow_unexpected=["extra"]).loaded
     del state["norm.bias"]
     torch.save(state, tmp_path / "c.pth")
-    lacking = strict_load(model, [tmp_path / "c.pth"], "torch")
+    with building.Builder(model) as builder:
+        bad = builder.strict_load([tmp_path / "b.pth"], "torch", container="state_dict")
+        may = builder.strict_load([tmp_path / "b.pth"], "torch", container="state_dict", allow_unexpected=["extra"])
+        lacking = builder.strict_load([tmp_path / "c.pth"], "torch")
+        allowed = builder.strict_load([tmp_path / "c.pth"], "torch", allow_missing=["norm.bias"])
+    assert (bad.loaded, bad.error, bad.unexpected) == (False, "unexpected: extra", ("extra",))
+    assert may.loaded
     assert (lacking.loaded, lacking.error, lacking.missing) == (False, "missing: norm.bias", ("norm.bias",))
-    allowed = strict_load(model, [tmp_path / "c.pth"], "torch", allow_missing=["norm.bias"])
     assert allowed.loaded
     assert allowed.notes[0] == "loaded with initial values for what is allowed to be missing: norm.bias"
 
@@ -62,8 +64,9 @@ def test_shards_and_recorded_aliases_are_put_together(model, state, tmp_path):
     embed = {"embed.weight": state.pop("embed.weight")}
     save_file(embed, tmp_path / "1.safetensors", metadata={"format": "pt", "head.weight": "embed.weight"})
     save_file(state, tmp_path / "2.safetensors", metadata={"format": "pt"})
-    assert strict_load(model, [tmp_path / "1.safetensors", tmp_path / "2.safetensors"], "safetensors").loaded
-    alone = strict_load(model, [tmp_path / "1.safetensors"], "safetensors")
+    with building.Builder(model) as builder:
+        assert builder.strict_load([tmp_path / "1.safetensors", tmp_path / "2.safetensors"], "safetensors").loaded
+        alone = builder.strict_load([tmp_path / "1.safetensors"], "safetensors")
     assert (alone.loaded, alone.error) == (
         False, "missing: norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked",
     )  # fmt: skip

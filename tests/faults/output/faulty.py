@@ -51,10 +51,10 @@ class Commands:
     def __init__(self, folder):
         self.folder, self.library = folder, shim(folder)
         self.out, self.err, self.log = folder / "out", folder / "err", folder / "log"
-        environment = {**os.environ, "LD_PRELOAD": str(self.library), "COLUMNS": "160", "NO_COLOR": "1"}
+        self.environment = {**os.environ, "LD_PRELOAD": str(self.library), "COLUMNS": "160", "NO_COLOR": "1"}
         self.server = subprocess.Popen(
-            [sys.executable, HERE / "warm.py"], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, ROOT / "tests" / "warm.py"], cwd=ROOT, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )  # fmt: skip
         assert self.server.stdout.readline() == "ready\n"
 
     def close(self):
@@ -69,7 +69,7 @@ class Commands:
             path.chmod(0o666)
         faults = {"FAULT": fault, "FAULT_ROOT": f"{cwd}/", "FAULT_LOG": str(self.log)}
         job = {
-            "argv": [str(word) for word in argv], "cwd": str(cwd), "env": {**faults, **(env or {})}, "limits": limits or {}, "umask": umask,
+            "argv": [str(word) for word in argv], "cwd": str(cwd), "env": {**self.environment, **faults, **(env or {})}, "limits": limits or {}, "umask": umask,
             "out": str(out or self.out), "err": str(self.err), "plain": plain,
         }  # fmt: skip
         print(json.dumps(job), file=self.server.stdin, flush=True)
