@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from msgspec import Struct, field
@@ -19,10 +18,10 @@ from ckptconv.execute.sources import Sources, checksum_mismatch
 
 BLOCK = 1 << 20
 #: Of one write, in bytes. Linux keeps what one call writes in one piece of memory where it can. In a virtual machine large pieces of free memory
-#: are often not there: the host took them back, and gives them again page by page, ten times slower than a copy. Small pieces are there.
-#: So each worker begins with large writes, and halves them when one takes longer than copying ever should.
-_WRITE, _LEAST_WRITE, _SMALL_WRITE = 1 << 17, 1 << 15, 1 << 16
-_SLOW = 1.2e-9  #: seconds a byte
+#: are often not there: the host took them back, and gives them again page by page, ten times slower than a copy. Pieces of this size are there;
+#: twice as much is a tenth faster on a good day and half as fast on a bad one.
+_WRITE = 1 << 16
+_READ = 1 << 18  #: of one read of a large range: what is still in the core's own cache when it is written
 _PART = 16 << 20  # a large range is cut into parts of this size, so that threads can share it
 _NEAR = 4096  # small ranges with no more than this between them are read in one go
 
@@ -152,8 +151,8 @@ class Copier:
     def __init__(self, sources: Sources, report: Callable[[int], None], stop: threading.Event) -> None:
         self._sources, self._report, self._stop = sources, report, stop
         self._buffer = memoryview(bytearray(BLOCK))
+        self._parts = [self._buffer[at : at + _WRITE] for at in range(0, _READ, _WRITE)]
         self._span = memoryview(b"")
-        self._write_nbytes = _WRITE
         self._clones = True  #: until the first time that it cannot be done
         self.found = Found()
         self.cloned_nbytes = 0
@@ -181,7 +180,7 @@ class Copier:
                     self._report(stop - start)
                     continue
                 with self._sources.reading(piece.file) as read:
-                    for at, nbytes in _aligned(to, start, stop, BLOCK):
+                    for at, nbytes in _aligned(to, start, stop, _READ):
                         if self._stop.is_set():
                             return
                         part = self._buffer[:nbytes]
@@ -189,18 +188,23 @@ class Copier:
                         for each in wanted:
                             each.update(part)
                         if not is_there:
-                            self._write(descriptor, to + at, part)
-                        self._report(len(part))
+                            self._write(descriptor, to + at, nbytes)
+                        self._report(nbytes)
             to += piece.nbytes
             self._note(copy, piece, sums)
         if total is not None:
             self.found.note(copy.output, total)
 
-    def _write(self, descriptor: int, offset: int, part: memoryview) -> None:
-        started = time.perf_counter()
-        write_at(descriptor, offset, part, self._write_nbytes)
-        if self._write_nbytes > _LEAST_WRITE and time.perf_counter() - started > _SLOW * len(part):
-            self._write_nbytes //= 2
+    def _write(self, descriptor: int, offset: int, nbytes: int) -> None:
+        """The first ``nbytes`` of the buffer. Whole blocks by parts cut once: workers wait for each other while they run Python."""
+        if nbytes < _READ:
+            write_at(descriptor, offset, self._buffer[:nbytes])
+            return
+        for part in self._parts:
+            done = os.pwrite(descriptor, part, offset)
+            if done < _WRITE:
+                write_at(descriptor, offset + done, part[done:])
+            offset += _WRITE
 
     def _cloned(self, piece: Piece, descriptor: int, to: int) -> tuple[int, int]:
         """The part of the piece that need not be copied, because the filesystem shares it."""
@@ -276,9 +280,9 @@ class Copier:
             yield span[piece.offset - first : piece.offset - first + piece.nbytes]
 
 
-def write_at(descriptor: int, offset: int, data: memoryview | bytes, step: int = _SMALL_WRITE) -> None:
-    """All of ``data`` at ``offset``, however many calls it takes; none of more than ``step`` bytes, nor across a multiple of it."""
+def write_at(descriptor: int, offset: int, data: memoryview | bytes) -> None:
+    """All of ``data`` at ``offset``, however many calls it takes; none of more than 64 KiB, nor across a multiple of that."""
     view = memoryview(data).cast("B") if not isinstance(data, memoryview) else data
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + step - (offset + done) % step], offset + done)
+        done += os.pwrite(descriptor, view[done : done + _WRITE - (offset + done) % _WRITE], offset + done)
