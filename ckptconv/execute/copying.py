@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from msgspec import Struct, field
@@ -18,9 +19,11 @@ from ckptconv.execute.sources import Sources, checksum_mismatch
 
 BLOCK = 1 << 20
 #: Of one write, in bytes. Linux keeps what one call writes in one piece of memory where it can. In a virtual machine large pieces of free memory
-#: are often not there: the host took them back, and gives them again page by page, ten times slower than a copy. Pieces of this size are there;
-#: twice as much is a tenth faster on a good day and half as fast on a bad one.
-_WRITE = 1 << 16
+#: are often not there: the host took them back, and gives them again page by page, ten times slower than a copy. Small pieces are there.
+#: So each worker begins with large writes, and halves them when one takes longer than copying ever should.
+_WRITES = (1 << 17, 1 << 16, 1 << 15)
+_SMALL_WRITE = 1 << 16
+_SLOW = 1.2e-9  #: seconds a byte
 _READ = 1 << 18  #: of one read of a large range: what is still in the core's own cache when it is written
 _PART = 16 << 20  # a large range is cut into parts of this size, so that threads can share it
 _NEAR = 4096  # small ranges with no more than this between them are read in one go
@@ -151,7 +154,7 @@ class Copier:
     def __init__(self, sources: Sources, report: Callable[[int], None], stop: threading.Event) -> None:
         self._sources, self._report, self._stop = sources, report, stop
         self._buffer = memoryview(bytearray(BLOCK))
-        self._parts = [self._buffer[at : at + _WRITE] for at in range(0, _READ, _WRITE)]
+        self._parts = [[self._buffer[at : at + nbytes] for at in range(0, _READ, nbytes)] for nbytes in _WRITES]
         self._span = memoryview(b"")
         self._clones = True  #: until the first time that it cannot be done
         self.found = Found()
@@ -200,11 +203,14 @@ class Copier:
         if nbytes < _READ:
             write_at(descriptor, offset, self._buffer[:nbytes])
             return
-        for part in self._parts:
+        started = time.perf_counter()
+        for part in self._parts[0]:
             done = os.pwrite(descriptor, part, offset)
-            if done < _WRITE:
+            if done < len(part):
                 write_at(descriptor, offset + done, part[done:])
-            offset += _WRITE
+            offset += len(part)
+        if len(self._parts) > 1 and time.perf_counter() - started > _SLOW * nbytes:
+            del self._parts[0]
 
     def _cloned(self, piece: Piece, descriptor: int, to: int) -> tuple[int, int]:
         """The part of the piece that need not be copied, because the filesystem shares it."""
@@ -285,4 +291,4 @@ def write_at(descriptor: int, offset: int, data: memoryview | bytes) -> None:
     view = memoryview(data).cast("B") if not isinstance(data, memoryview) else data
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + _WRITE - (offset + done) % _WRITE], offset + done)
+        done += os.pwrite(descriptor, view[done : done + _SMALL_WRITE - (offset + done) % _SMALL_WRITE], offset + done)

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from random import Random
 
@@ -290,22 +291,25 @@ def test_v_says_what_each_worker_did_and_by_which_path(checkpoint):
     assert re.search(rf"^  worker 1: ({path}), [0-9]+\.[0-9]{{2}} s$", done.output, re.MULTILINE), done.output
 
 
-def test_writes_are_small_and_begin_at_multiples_of_their_size_also_after_a_short_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("seconds", "least"), [(0.0, 1 << 17), (0.001, 1 << 15)])
+def test_writes_get_smaller_where_they_are_slow_and_begin_at_multiples_of_their_size(seconds, least, tmp_path, monkeypatch):
     data = os.urandom(3 * BLOCK + 5)
     (tmp_path / "in").write_bytes(data)
     written = []
     real = os.pwrite
 
     def counted(descriptor, part, offset):
-        done = real(descriptor, part[: 1000 if len(written) == 9 else None], offset)
+        time.sleep(seconds)
+        done = real(descriptor, part[: 4096 if len(written) == 9 else None], offset)  # one of them short
         written.append((offset, done))
         return done
 
+    monkeypatch.setattr(copying, "_SLOW", 1.2e-9 if seconds else 1)
     monkeypatch.setattr(copying.os, "pwrite", counted)
     descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     with Sources([tmp_path / "in"]) as sources:
-        copying.Copier(sources, lambda _: None, threading.Event()).run([Copy(1000, (Piece(0, 0, len(data)),))], descriptor)
+        copying.Copier(sources, lambda _: None, threading.Event()).run([Copy(4096, (Piece(0, 0, len(data)),))], descriptor)
     os.close(descriptor)
-    assert (tmp_path / "out").read_bytes()[1000:] == data
-    assert max(nbytes for _, nbytes in written) == 1 << 16
-    assert [offset % (1 << 16) for offset, _ in written if offset % (1 << 16)] == [1000, 1000]  # the first, and the one after the short one
+    assert (tmp_path / "out").read_bytes()[4096:] == data
+    assert {nbytes for _, nbytes in written[12:-2]} == {least}
+    assert all(offset % least == 0 for offset, _ in written[12:])
