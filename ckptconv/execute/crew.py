@@ -32,6 +32,7 @@ class Worker(Struct):
     stop: threading.Event
     copied_nbytes: int = 0
     cloned_nbytes: int = 0  #: of these, shared with the source by the filesystem
+    kernel_nbytes: int = 0  #: and copied by the kernel, without passing through a buffer
     computed_nbytes: int = 0
     seconds: float = 0.0
     belongings: dict[str, object] = field(default_factory=dict)  #: what tasks leave for later ones of the same thread
@@ -39,7 +40,7 @@ class Worker(Struct):
     def to_json(self) -> dict[str, int | float]:
         return {
             "number": self.number, "copied_nbytes": self.copied_nbytes, "cloned_nbytes": self.cloned_nbytes,
-            "computed_nbytes": self.computed_nbytes, "seconds": round(self.seconds, 3),
+            "kernel_nbytes": self.kernel_nbytes, "computed_nbytes": self.computed_nbytes, "seconds": round(self.seconds, 3),
         }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class RunReport(Struct, frozen=True):
     cost: Mapping[str, float] = field(default_factory=dict)
     on_paper: Mapping[str, Any] = field(default_factory=dict)  #: of a plan: its cost on so many workers, bytes, requests, seconds
     seconds: float = 0.0
-    workers: tuple[Mapping[str, Any], ...] = ()  #: of a run: number, copied_nbytes, cloned_nbytes, computed_nbytes, seconds
+    workers: tuple[Mapping[str, Any], ...] = ()  #: of a run: number, copied_nbytes, cloned_nbytes, kernel_nbytes, computed_nbytes, seconds
     plan: Plan | None = None  #: where everything comes from, for views that show it
     rule_texts: Mapping[str, str] = field(default_factory=dict)  #: file -> text, for the lines that origins name
     #: what became of its state: at, parameters, groups, moments, counters, dropped

@@ -91,10 +91,13 @@ def print_beside(console: Console, head: Text, body: Text) -> None:
 
 def _work_of(worker: Mapping[str, Any]) -> str:
     """What one thread did, and by which path."""
-    copied, cloned, computed = worker["copied_nbytes"], worker["cloned_nbytes"], worker["computed_nbytes"]
+    cloned, passed, computed = worker["cloned_nbytes"], worker["kernel_nbytes"], worker["computed_nbytes"]
+    buffered = worker["copied_nbytes"] - cloned - passed
     done = []
-    if copied - cloned:
-        done.append(f"{nbytes_text(copied - cloned)} copied through a buffer")
+    if buffered:
+        done.append(f"{nbytes_text(buffered)} copied through a buffer")
+    if passed:
+        done.append(f"{nbytes_text(passed)} copied by the kernel")
     if cloned:
         done.append(f"{nbytes_text(cloned)} shared with the source by the filesystem")
     if computed:

@@ -287,7 +287,7 @@ def test_v_says_what_each_worker_did_and_by_which_path(checkpoint):
     done = CliRunner().invoke(
         cli, ["run", "dataparallel", str(folder / "in.pth"), str(folder / "out.pth"), "-v", "--no-sync", "--threads", "1"]
     )
-    path = r"12\.6 MB copied through a buffer|.* shared with the source by the filesystem"
+    path = r"12\.6 MB copied through a buffer|.* shared with the source by the filesystem"  # checksums are taken, so not by the kernel
     assert re.search(rf"^  worker 1: ({path}), [0-9]+\.[0-9]{{2}} s$", done.output, re.MULTILINE), done.output
 
 
@@ -313,3 +313,65 @@ def test_writes_get_smaller_where_they_are_slow_and_begin_at_multiples_of_their_
     assert (tmp_path / "out").read_bytes()[4096:] == data
     assert {nbytes for _, nbytes in written[12:-2]} == {least}
     assert all(offset % least == 0 for offset, _ in written[12:])
+
+
+KERNEL = pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="the platform has no copy_file_range")
+SHORT = 70_001
+
+
+def lost(*_):
+    raise OSError(errno.EXDEV, "cross-device link")
+
+
+in_kernel = getattr(os, "copy_file_range", None)
+
+
+def short(source, descriptor, nbytes, offset, to):
+    return in_kernel(source, descriptor, min(nbytes, SHORT), offset, to)
+
+
+def short_and_lost(*arguments, calls=[]):  # noqa: B006  (counts)
+    calls.append(1)
+    return short(*arguments) if len(calls) < 3 else lost()
+
+
+@KERNEL
+@pytest.mark.parametrize(("call", "by_kernel"), [
+    (None, 3 * BLOCK + 5), (short, 3 * BLOCK + 5), (lost, 0), (short_and_lost, 2 * SHORT), (lambda *_: 0, 0),
+], ids=["as it is", "short", "other filesystem", "short, then other filesystem", "nothing"])  # fmt: skip
+def test_a_worker_that_has_a_file_for_itself_leaves_copying_to_the_kernel(call, by_kernel, tmp_path, monkeypatch):
+    data = os.urandom(3 * BLOCK + 5)
+    (tmp_path / "in").write_bytes(b"x" * 33 + data)
+    if call is not None:
+        monkeypatch.setattr(copying.os, "copy_file_range", call)
+    told = []
+    descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    with Sources([tmp_path / "in"]) as sources:
+        copier = Copier(sources, told.append, threading.Event(), alone=True)
+        copier.run([Copy(1000, (Piece(0, 33, len(data)),))], descriptor)
+    os.close(descriptor)
+    assert (tmp_path / "out").read_bytes() == bytes(1000) + data
+    assert (copier.kernel_nbytes, sum(told)) == (by_kernel, len(data))
+
+
+@KERNEL
+def test_checksums_are_taken_of_bytes_that_are_seen(tmp_path):
+    data = os.urandom(2 * BLOCK)
+    (tmp_path / "in").write_bytes(data)
+    descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    with Sources([tmp_path / "in"]) as sources:
+        copier = Copier(sources, lambda _: None, threading.Event(), alone=True)
+        copier.run([Copy(0, (Piece(0, 0, len(data)),), "a", crc=True)], descriptor)
+    os.close(descriptor)
+    assert (copier.kernel_nbytes, copier.found.crc32) == (0, {"a": zlib.crc32(data)})
+
+
+@KERNEL
+@pytest.mark.parametrize(("threads", "by_kernel"), [(1, 3), (2, 3), (4, 0)])
+def test_shards_are_copied_by_the_kernel_unless_workers_must_share_them(threads, by_kernel, tmp_path):
+    state = {f"module.{name}": torch.randn(1 << 19) for name in "abc"}
+    torch.save(state, tmp_path / "in.pth")
+    report = api.run("dataparallel", tmp_path / "in.pth", tmp_path / "out", format="torch", shard_size="2MB", threads=threads, verify=None)
+    assert sum(worker["kernel_nbytes"] for worker in report.workers) == by_kernel * (4 << 19)
+    loaded = {name: value for path in (tmp_path / "out").glob("*.bin") for name, value in torch.load(path).items()}
+    assert all(torch.equal(loaded[name.removeprefix("module.")], value) for name, value in state.items())
