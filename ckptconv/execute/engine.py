@@ -54,7 +54,6 @@ class Bench(Struct):
     sync: bool  #: the files will be fsynced: start writing early
     descriptors: Descriptors
     number: Mapping[str, int]  #: of each file among the descriptors
-    alone: bool  #: no two workers copy into the same file, or seldom
     found: Found = field(default_factory=Found)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -123,8 +122,7 @@ def fill(
     check_truth_values(sources, everything if outputs is None else {name: everything[name] for each in chosen for name in reads(each.expr)})
     number = {layout.name: at for at, layout in enumerate(layouts)}
     with closing(_outputs(layouts, folder, sized=outputs is not None)) as descriptors, ExitStack() as stack:
-        alone = threads == 1 or sum(map(bool, copies.values())) >= threads
-        bench = Bench(everything, sources, where, wants_crc, digests, sync, descriptors, number, alone, seen)
+        bench = Bench(everything, sources, where, wants_crc, digests, sync, descriptors, number, seen)
         tasks: list[Task] = _abreast(
             [
                 [CopyRanges(name, batch, bench) for batch in batches(sorted(found, key=lambda copy: copy.destination))]
@@ -163,7 +161,7 @@ class CopyRanges(Struct, frozen=True):
     def run(self, worker: Worker) -> None:
         copier = worker.belongings.get("copier")
         if not isinstance(copier, Copier):
-            copier = worker.belongings["copier"] = Copier(self.bench.sources, worker.tell, worker.stop, alone=self.bench.alone)
+            copier = worker.belongings["copier"] = Copier(self.bench.sources, worker.tell, worker.stop)
         copier.found, copier.cloned_nbytes, copier.kernel_nbytes = Found(), 0, 0
         with self.bench.writing(self.file) as descriptor:
             copier.run(self.batch, descriptor)

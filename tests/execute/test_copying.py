@@ -56,8 +56,10 @@ def few_at_a_time(real):
     [(0, 3 * BLOCK + 777)], [(5, 2 * BLOCK)], [(0, 10), (10, 20), (4000, 50), (2 * BLOCK, 99)], [(BLOCK, 300), (0, 300), (7, 1)],
     [(0, BLOCK), (3 * BLOCK, 700), (1, BLOCK + 1)],
 ], ids=["whole", "shifted", "small", "backwards", "large and small"])  # fmt: skip
-@pytest.mark.parametrize("checked", [False, True])
-def test_pieces_are_put_one_after_the_other_and_their_checksums_taken(files, pieces, checked):
+@pytest.mark.parametrize(("checked", "in_kernel"), [(False, True), (False, False), (True, True)])
+def test_pieces_are_put_one_after_the_other_and_their_checksums_taken(files, pieces, checked, in_kernel, monkeypatch):
+    if not in_kernel:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
     folder, data = files
     wanted = b"".join(data[at : at + nbytes] for at, nbytes in pieces)
     copy = Copy(11, tuple(Piece(0, at, nbytes, f"t{at}") for at, nbytes in pieces), "o", crc=checked, digest=checked)
@@ -71,6 +73,7 @@ def test_pieces_are_put_one_after_the_other_and_their_checksums_taken(files, pie
 
 def test_reads_and_writes_that_come_up_short_go_on(files, monkeypatch):
     folder, data = files
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.setattr(os, "preadv", few_at_a_time(os.preadv))
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, view, offset: pwrite(descriptor, view[: max(1, len(view) // 2)], offset))
@@ -308,7 +311,7 @@ def test_writes_get_smaller_where_they_are_slow_and_begin_at_multiples_of_their_
     monkeypatch.setattr(copying.os, "pwrite", counted)
     descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     with Sources([tmp_path / "in"]) as sources:
-        copying.Copier(sources, lambda _: None, threading.Event()).run([Copy(4096, (Piece(0, 0, len(data)),))], descriptor)
+        copying.Copier(sources, lambda _: None, threading.Event()).run([Copy(4096, (Piece(0, 0, len(data)),), "a", crc=True)], descriptor)
     os.close(descriptor)
     assert (tmp_path / "out").read_bytes()[4096:] == data
     assert {nbytes for _, nbytes in written[12:-2]} == {least}
@@ -339,7 +342,7 @@ def short_and_lost(*arguments, calls=[]):  # noqa: B006  (counts)
 @pytest.mark.parametrize(("call", "by_kernel"), [
     (None, 3 * BLOCK + 5), (short, 3 * BLOCK + 5), (lost, 0), (short_and_lost, 2 * SHORT), (lambda *_: 0, 0),
 ], ids=["as it is", "short", "other filesystem", "short, then other filesystem", "nothing"])  # fmt: skip
-def test_a_worker_that_has_a_file_for_itself_leaves_copying_to_the_kernel(call, by_kernel, tmp_path, monkeypatch):
+def test_what_nobody_needs_to_see_is_copied_by_the_kernel(call, by_kernel, tmp_path, monkeypatch):
     data = os.urandom(3 * BLOCK + 5)
     (tmp_path / "in").write_bytes(b"x" * 33 + data)
     if call is not None:
@@ -347,7 +350,7 @@ def test_a_worker_that_has_a_file_for_itself_leaves_copying_to_the_kernel(call, 
     told = []
     descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     with Sources([tmp_path / "in"]) as sources:
-        copier = Copier(sources, told.append, threading.Event(), alone=True)
+        copier = Copier(sources, told.append, threading.Event())
         copier.run([Copy(1000, (Piece(0, 33, len(data)),))], descriptor)
     os.close(descriptor)
     assert (tmp_path / "out").read_bytes() == bytes(1000) + data
@@ -360,18 +363,18 @@ def test_checksums_are_taken_of_bytes_that_are_seen(tmp_path):
     (tmp_path / "in").write_bytes(data)
     descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     with Sources([tmp_path / "in"]) as sources:
-        copier = Copier(sources, lambda _: None, threading.Event(), alone=True)
+        copier = Copier(sources, lambda _: None, threading.Event())
         copier.run([Copy(0, (Piece(0, 0, len(data)),), "a", crc=True)], descriptor)
     os.close(descriptor)
     assert (copier.kernel_nbytes, copier.found.crc32) == (0, {"a": zlib.crc32(data)})
 
 
 @KERNEL
-@pytest.mark.parametrize(("threads", "by_kernel"), [(1, 3), (2, 3), (4, 0)])
-def test_shards_are_copied_by_the_kernel_unless_workers_must_share_them(threads, by_kernel, tmp_path):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_shards_are_copied_by_the_kernel(threads, tmp_path):
     state = {f"module.{name}": torch.randn(1 << 19) for name in "abc"}
     torch.save(state, tmp_path / "in.pth")
     report = api.run("dataparallel", tmp_path / "in.pth", tmp_path / "out", format="torch", shard_size="2MB", threads=threads, verify=None)
-    assert sum(worker["kernel_nbytes"] for worker in report.workers) == by_kernel * (4 << 19)
+    assert sum(worker["kernel_nbytes"] for worker in report.workers) == 3 * (4 << 19)
     loaded = {name: value for path in (tmp_path / "out").glob("*.bin") for name, value in torch.load(path).items()}
     assert all(torch.equal(loaded[name.removeprefix("module.")], value) for name, value in state.items())
