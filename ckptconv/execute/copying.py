@@ -25,7 +25,6 @@ BLOCK = 1 << 20
 _WRITES = (1 << 17, 1 << 16, 1 << 15)
 _SMALL_WRITE = 1 << 16
 _SLOW = 1.2e-9  #: seconds a byte
-_READ = 1 << 18  #: of one read of a large range: what is still in the core's own cache when it is written
 _PART = 16 << 20  # a large range is cut into parts of this size, so that threads can share it
 _NEAR = 4096  # small ranges with no more than this between them are read in one go
 
@@ -155,7 +154,7 @@ class Copier:
     def __init__(self, sources: Sources, report: Callable[[int], None], stop: threading.Event) -> None:
         self._sources, self._report, self._stop = sources, report, stop
         self._buffer = memoryview(bytearray(BLOCK))
-        self._parts = [[self._buffer[at : at + nbytes] for at in range(0, _READ, nbytes)] for nbytes in _WRITES]
+        self._parts = [[self._buffer[at : at + nbytes] for at in range(0, BLOCK, nbytes)] for nbytes in _WRITES]
         self._span = memoryview(b"")
         self._clones, self._in_kernel = True, hasattr(os, "copy_file_range")  #: until the first time that it cannot be done
         self.found = Found()
@@ -185,7 +184,7 @@ class Copier:
                     continue
                 begun = start if copy.checked else self._passed(piece, descriptor, to, start, stop)
                 with self._sources.reading(piece.file) as read:
-                    for at, nbytes in _aligned(to, begun, stop, _READ):
+                    for at, nbytes in _aligned(to, begun, stop, BLOCK):
                         if self._stop.is_set():
                             return
                         part = self._buffer[:nbytes]
@@ -202,7 +201,7 @@ class Copier:
 
     def _write(self, descriptor: int, offset: int, nbytes: int) -> None:
         """The first ``nbytes`` of the buffer. Whole blocks by parts cut once: workers wait for each other while they run Python."""
-        if nbytes < _READ:
+        if nbytes < BLOCK:
             write_at(descriptor, offset, self._buffer[:nbytes])
             return
         started = time.perf_counter()
