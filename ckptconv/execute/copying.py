@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from msgspec import Struct, field
 
 from ckptconv.execute.checksums import Checksums
+from ckptconv.execute.cloning import BLOCK as PAGE
 from ckptconv.execute.cloning import clone
 from ckptconv.execute.sources import Sources, checksum_mismatch
 
@@ -229,11 +230,13 @@ class Copier:
     def _passed(self, piece: Piece, descriptor: int, to: int, start: int, stop: int) -> int:
         """Has the kernel copy from ``start`` on, and says how far it got: nowhere, where it cannot."""
         at = start
-        if self._in_kernel and not self._sources.is_remote(piece.file):
+        # Where the range lies differently in its pages, every page would be put together of two.
+        if self._in_kernel and not (piece.offset - to) % PAGE and not self._sources.is_remote(piece.file):
             try:
                 with self._sources.descriptors.use(piece.file) as source:
                     while at < stop and not self._stop.is_set():
-                        done = os.copy_file_range(source, descriptor, min(_PART, stop - at), piece.offset + at, to + at)
+                        nbytes = min(-(to + at) % _SMALL_WRITE or _PART, stop - at)  # the kernel goes on by 64 KiB from where it begins
+                        done = os.copy_file_range(source, descriptor, nbytes, piece.offset + at, to + at)
                         if not done:
                             break
                         at += done

@@ -319,7 +319,7 @@ def test_writes_get_smaller_where_they_are_slow_and_begin_at_multiples_of_their_
 
 
 KERNEL = pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="the platform has no copy_file_range")
-SHORT = 70_001
+SHORT = 30_001
 
 
 def lost(*_):
@@ -344,14 +344,14 @@ def short_and_lost(*arguments, calls=[]):  # noqa: B006  (counts)
 ], ids=["as it is", "short", "other filesystem", "short, then other filesystem", "nothing"])  # fmt: skip
 def test_what_nobody_needs_to_see_is_copied_by_the_kernel(call, by_kernel, tmp_path, monkeypatch):
     data = os.urandom(3 * BLOCK + 5)
-    (tmp_path / "in").write_bytes(b"x" * 33 + data)
+    (tmp_path / "in").write_bytes(b"x" * 1000 + data)
     if call is not None:
         monkeypatch.setattr(copying.os, "copy_file_range", call)
     told = []
     descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     with Sources([tmp_path / "in"]) as sources:
         copier = Copier(sources, told.append, threading.Event())
-        copier.run([Copy(1000, (Piece(0, 33, len(data)),))], descriptor)
+        copier.run([Copy(1000, (Piece(0, 1000, len(data)),))], descriptor)
     os.close(descriptor)
     assert (tmp_path / "out").read_bytes() == bytes(1000) + data
     assert (copier.kernel_nbytes, sum(told)) == (by_kernel, len(data))
@@ -378,3 +378,22 @@ def test_shards_are_copied_by_the_kernel(threads, tmp_path):
     assert sum(worker["kernel_nbytes"] for worker in report.workers) == 3 * (4 << 19)
     loaded = {name: value for path in (tmp_path / "out").glob("*.bin") for name, value in torch.load(path).items()}
     assert all(torch.equal(loaded[name.removeprefix("module.")], value) for name, value in state.items())
+
+
+@KERNEL
+def test_the_kernel_copies_only_what_lies_alike_in_its_pages_and_from_multiples_of_64_kib_on(tmp_path, monkeypatch):
+    data = os.urandom(3 * BLOCK)
+    (tmp_path / "in").write_bytes(data)
+    asked = []
+
+    def noted(source, descriptor, nbytes, offset, to):
+        asked.append(to)
+        return in_kernel(source, descriptor, nbytes, offset, to)
+
+    monkeypatch.setattr(copying.os, "copy_file_range", noted)
+    written, _ = copied(tmp_path, [Copy(4096 + 64, (Piece(0, 64, 2 * BLOCK),))], 4096 + 64 + 2 * BLOCK)
+    assert written[4096 + 64 :] == data[64 : 64 + 2 * BLOCK]
+    assert (asked[0], {to % (1 << 16) for to in asked[1:]}) == (4096 + 64, {0})
+    asked.clear()
+    written, _ = copied(tmp_path, [Copy(64, (Piece(0, 0, 2 * BLOCK),))], 64 + 2 * BLOCK)
+    assert (written[64:], asked) == (data[: 2 * BLOCK], [])
