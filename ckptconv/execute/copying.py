@@ -234,9 +234,12 @@ class Copier:
         if self._in_kernel and not (piece.offset - to) % PAGE and not self._sources.is_remote(piece.file):
             try:
                 with self._sources.descriptors.use(piece.file) as source:
-                    while at < stop and not self._stop.is_set():
+                    while at < stop and self._in_kernel and not self._stop.is_set():
                         nbytes = min(-(to + at) % _SMALL_WRITE or _PART, stop - at)  # the kernel goes on by 64 KiB from where it begins
+                        started = time.perf_counter()
                         done = os.copy_file_range(source, descriptor, nbytes, piece.offset + at, to + at)
+                        if nbytes >= BLOCK and time.perf_counter() - started > _SLOW * nbytes:
+                            self._in_kernel = False  # it writes by 64 KiB, and smaller writes are ours to make
                         if not done:
                             break
                         at += done

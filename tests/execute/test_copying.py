@@ -26,6 +26,11 @@ from ckptconv.memory import fixed_nbytes
 RULE = "version: 1\nname: r\nsummary: s\nsteps:\n  - {step}\n"
 
 
+@pytest.fixture(autouse=True)
+def _never_slow(monkeypatch):
+    monkeypatch.setattr(copying, "_SLOW", 1)
+
+
 @pytest.fixture
 def files(tmp_path):
     data = Random(0).randbytes(3 * BLOCK + 777)
@@ -397,3 +402,12 @@ def test_the_kernel_copies_only_what_lies_alike_in_its_pages_and_from_multiples_
     asked.clear()
     written, _ = copied(tmp_path, [Copy(64, (Piece(0, 0, 2 * BLOCK),))], 64 + 2 * BLOCK)
     assert (written[64:], asked) == (data[: 2 * BLOCK], [])
+
+
+@KERNEL
+def test_where_the_kernel_is_slow_it_is_not_asked_again(files, monkeypatch):
+    folder, data = files
+    monkeypatch.setattr(copying, "_SLOW", 0)
+    written, copier = copied(folder, [Copy(0, (Piece(0, 0, 2 * BLOCK),)), Copy(2 * BLOCK, (Piece(0, 0, BLOCK),))], 3 * BLOCK)
+    assert written == data[: 2 * BLOCK] + data[:BLOCK]
+    assert copier.kernel_nbytes == 2 * BLOCK
