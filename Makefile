@@ -17,6 +17,7 @@ help:
 	@echo "make demo     set up, convert a real DataParallel checkpoint, verify it, show the screen"
 	@echo "make test     set up, run all tests"
 	@echo "make torture  every fault of the output tests, then faults at random [SECONDS=600]"
+	@echo "make strikes  faults at random alone [SECONDS=600] [SEED=0: others every time]"
 	@echo "make lint     style, strict types, import floors, rule files and their lock"
 	@echo "make bench    timings in pairs, as ratios"
 	@echo "make fuzz     coverage-guided fuzzing of everything that reads a stranger's bytes [SECONDS=600]"

@@ -1,7 +1,6 @@
 """Whole processes in pairs: every round runs each contender once, one after the other, so that a slow minute is slow for all of them.
 
-In another order every round: what ran before decides where the memory is that the next one gets. After a script has freed gigabytes, a copy
-takes half the time that it takes after another copy.
+In another order every round: what ran before decides which memory the next one gets, and a fixed order would give somebody the best of it always.
 """
 
 from __future__ import annotations

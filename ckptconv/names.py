@@ -14,7 +14,7 @@ MAX_NAME = 1024
 _DIGITS = re.compile(r"(?<!\d)\d{1,18}(?!\d)")
 _RUNS = re.compile(r"\d+")
 _PARTS = re.compile(r"(\d+)")
-_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+DIGITS_TO_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -54,7 +54,7 @@ def skeleton(name: str) -> str:
     'layers.#.fc#.weight'
     """
     # Half a million names are a few dozen when all their digits are the same.
-    return _without_indices(name.encode("utf-8", "surrogatepass").translate(_ZEROS)) or _DIGITS.sub("#", name)
+    return _without_indices(name.encode("utf-8", "surrogatepass").translate(DIGITS_TO_ZEROS)) or _DIGITS.sub("#", name)
 
 
 @lru_cache(maxsize=65536)

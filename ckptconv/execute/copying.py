@@ -17,6 +17,7 @@ from msgspec import Struct, field
 from ckptconv.execute.checksums import Checksums
 from ckptconv.execute.cloning import BLOCK as PAGE
 from ckptconv.execute.cloning import clone
+from ckptconv.execute.crew import PART, turn
 from ckptconv.execute.sources import Sources, checksum_mismatch
 
 BLOCK = 1 << 20
@@ -26,7 +27,6 @@ BLOCK = 1 << 20
 _WRITES = (1 << 17, 1 << 16, 1 << 15)
 _SMALL_WRITE = 1 << 16
 _SLOW = 1.2e-9  #: seconds a byte
-_PART = 16 << 20  # a large range is cut into parts of this size, so that threads can share it
 _NEAR = 4096  # small ranges with no more than this between them are read in one go
 
 
@@ -98,8 +98,7 @@ def batches(copies: Iterable[Copy]) -> list[list[Copy]]:
         small.append(copy)
         size += nbytes
     work += [small] if small else []
-    # What could not be cut comes first: at the end, one worker would be busy with it and the others with nothing.
-    return sorted(work, key=lambda batch: -max(0, sum(copy.nbytes for copy in batch) - _PART))
+    return sorted(work, key=lambda batch: turn(sum(copy.nbytes for copy in batch)))
 
 
 def _merged(copies: Iterable[Copy]) -> Iterator[Copy]:
@@ -135,7 +134,7 @@ def _cut(copy: Copy) -> Iterator[Copy]:
         yield copy
         return
     (piece,) = copy.pieces
-    for at, nbytes in _aligned(copy.destination, 0, piece.nbytes, _PART):
+    for at, nbytes in _aligned(copy.destination, 0, piece.nbytes, PART):
         yield Copy(copy.destination + at, (Piece(piece.file, piece.offset + at, nbytes),))
 
 
@@ -235,7 +234,7 @@ class Copier:
             try:
                 with self._sources.descriptors.use(piece.file) as source:
                     while at < stop and self._in_kernel and not self._stop.is_set():
-                        nbytes = min(-(to + at) % _SMALL_WRITE or _PART, stop - at)  # the kernel goes on by 64 KiB from where it begins
+                        nbytes = min(-(to + at) % _SMALL_WRITE or PART, stop - at)  # the kernel goes on by 64 KiB from where it begins
                         started = time.perf_counter()
                         done = os.copy_file_range(source, descriptor, nbytes, piece.offset + at, to + at)
                         if nbytes >= BLOCK and time.perf_counter() - started > _SLOW * nbytes:

@@ -10,6 +10,18 @@ from typing import Protocol
 
 from msgspec import Struct, field
 
+PART = 16 << 20  #: bytes; what can be cut is cut into parts of this size, so that workers can share it
+
+
+def turn(nbytes: int) -> int:
+    """Sorts work of so many bytes: what could not be cut comes first, the largest of it before all. At the end, one worker would be busy with it
+    and the others with nothing.
+
+    >>> sorted([5, 40 << 20, 1, 90 << 20], key=turn) == [90 << 20, 40 << 20, 5, 1]
+    True
+    """
+    return -max(0, nbytes - PART)
+
 
 class Task(Protocol):
     """Something that one worker does by itself."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from ckptconv.execute.checksums import Checksums
+from ckptconv.execute.crew import turn
 from ckptconv.execute.sources import Sources, bytes_of, checksum_mismatch
 from ckptconv.formats.base import Placed, Storage
 from ckptconv.ranges import Span, span_of
@@ -17,7 +18,7 @@ from ckptconv.spec import Manifest
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-_BLOCK, _LARGE = 1 << 20, 16 << 20
+_BLOCK = 1 << 20
 
 
 def digest_tensors(
@@ -63,9 +64,8 @@ def digest_tensors(
                     progress(place.spec.nbytes)
         return digests
 
-    # As they lie in the files, but for those so large that one worker would be busy with the last one while the others have nothing.
     unread.sort(key=lambda names: (
-        -max(0, placed[names[0]].spec.nbytes - _LARGE), placed[names[0]].storage.file, placed[names[0]].storage.offset, placed[names[0]].offset
+        turn(placed[names[0]].spec.nbytes), placed[names[0]].storage.file, placed[names[0]].storage.offset, placed[names[0]].offset
     ))  # fmt: skip
     sources.announce(
         (place.storage.file, place.storage.offset + place.offset, place.spec.nbytes) for place in (placed[names[0]] for names in unread)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.names import DIGITS_TO_ZEROS
 from ckptconv.places.presence import arriving, version_of
 
 Identity = tuple[int, int, int, int]
 #: More digits than any 64-bit number has. Longer ones become floats: parsing them exactly costs quadratic time.
 _INT_DIGITS = 20
-_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 #: What a JSON text may be made of (docs/limits.md), counted by its commas and brackets: each costs up to a hundred bytes when it is parsed.
 MAX_VALUES = 2_000_000
 
@@ -101,7 +101,7 @@ def allowance(nbytes: int) -> int:
 
 def _may_have_odd_integers(raw: bytes) -> bool:
     """True unless no number in a JSON text is negative or longer than any 64-bit number."""
-    zeros = raw.translate(_ZEROS)
+    zeros = raw.translate(DIGITS_TO_ZEROS)
     return b"-0" in zeros or b"0" * _INT_DIGITS in zeros
 
 

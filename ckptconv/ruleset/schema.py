@@ -17,8 +17,6 @@ _MODIFIERS = ("when", "optional", "note")
 class _Schema(GenerateJsonSchema):
     """Defaults as a rule file would say them."""
 
-    ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  (theirs is so)
-
     def encode_default(self, dft: Any) -> Any:
         return super().encode_default(_said(dft))
 

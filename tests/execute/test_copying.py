@@ -338,9 +338,8 @@ def short(source, descriptor, nbytes, offset, to):
     return in_kernel(source, descriptor, min(nbytes, SHORT), offset, to)
 
 
-def short_and_lost(*arguments, calls=[]):  # noqa: B006  (counts)
-    calls.append(1)
-    return short(*arguments) if len(calls) < 3 else lost()
+def short_and_lost(source, descriptor, nbytes, offset, to):
+    return short(source, descriptor, nbytes, offset, to) if to < 1000 + 2 * SHORT else lost()
 
 
 @KERNEL

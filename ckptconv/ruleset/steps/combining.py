@@ -181,7 +181,7 @@ class MergeLora(NamedStep):
     b: PatternField = Field(default=Pattern.parse("adapter::base_model.model.{m:**}.lora_B.weight"))
     to: TemplateField | None = Field(None, description="the base's own name, where nothing is said")
     alpha: Number
-    rank: Number = Field(default=expressions.parse("a.shape[0]"), description="a's first size, where nothing is said")
+    rank: Number = Field(default_factory=lambda: expressions.parse("a.shape[0]"), description="a's first size, where nothing is said")
     transposed: Number = Field(
         default=expressions.parse("false"), description="true where the base stores (in, out), as GPT-2's Conv1D does"
     )
