@@ -299,7 +299,7 @@ def lowered(written: Written, table: Table, scope: Scope) -> Table:
     """The table after a written step. Raises :class:`Unturned` with its first problem."""
     kind = steps.ALL[written.op]
     try:
-        step = kind.model_validate(kind.short(written.body))
+        step = kind.validated(kind.short(written.body))
     except ValueError as error:
         raise Unturned(f"{written.op}: {error}") from None
     context = Context(Origin("back", 0, 0, written.op), written.op, scope)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Union
 
-from msgspec import Struct
+from msgspec import Struct, to_builtins
 
 from ckptconv import transforms
 from ckptconv.names import unusable
@@ -181,7 +181,7 @@ class Plan(Struct, frozen=True, dict=True):
                 nodes.append({"fill": node.recipe, "value": node.value, "seed": node.seed, "spec": spec})
             else:
                 nodes.append({
-                    "apply": node.transform.model_dump(mode="json"), "of": [number[argument] for argument in node.arguments],
+                    "apply": to_builtins(node.transform), "of": [number[argument] for argument in node.arguments],
                 })  # fmt: skip
         return {
             "ckptconv_plan": 1,

@@ -139,7 +139,8 @@ def test_tests_may_stand_beside_the_rule_and_in_it(folder):
         ("tests:\n  - {name: t, givn: {a: [1]}}\n", "2:15", "unknown field 'givn'"),
         ("tests:\n  - {name: t, given: {a: [-1]}}\n", "2:23", "want [sizes] or {shape: [sizes], dtype: NAME}"),
         ("more: 1\ntests: [{name: t, given: {a: [1]}}]\n", "1:1", "unknown field 'more'"),
-        ("tests: []\n", "1:1", "want a list of tests"),
+        ("tests: []\n", "1:1", "tests: list should have at least 1 item"),
+        ("tests: all\n", "1:1", "tests: input should be a valid list"),
         ("tests: &x []\n", "1:8", "anchors are not allowed"),
     ],
 )

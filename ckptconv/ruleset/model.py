@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct, field
 from msgspec.structs import replace
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, field_validator
+from pydantic_core import ValidationError
 
 from ckptconv._version import __version__
 from ckptconv.errors import Problem, Refusal, UsageError, printable
+from ckptconv.fields import Checked, Fields, Parsed
 from ckptconv.names import nearest
 from ckptconv.ruleset import steps, yamlfile
 from ckptconv.ruleset.expressions import parse as parse_expression
@@ -31,27 +32,26 @@ MAX_STEPS = 10_000
 MAX_INCLUDES = 8
 _MODIFIERS = ("when", "optional", "note")
 _VERSION = re.compile(r"(>=|<=|==|!=|<|>)\s*([0-9]+(?:\.[0-9]+){0,2})")
-_FIXED = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True, defer_build=True)
 
 
-class Allow(BaseModel):
+class Allow(Fields, frozen=True):
     """Differences from the target that are meant, by name."""
 
-    model_config = _FIXED
-    missing: Patterns | None = Field(default=None, description="stay at their initial values")
-    unexpected: Patterns | None = Field(default=None, description="written, though the target does not know them")
+    missing: Annotated[Patterns | None, Meta(description="stay at their initial values")] = None
+    unexpected: Annotated[Patterns | None, Meta(description="written, though the target does not know them")] = None
     shape: Patterns | None = None
     dtype: Patterns | None = None
 
 
-class TargetField(BaseModel):
+_MODEL = (
+    "timm:NAME, hf:FOLDER (from the source's folder), or a saved manifest beside the rule file; py:module:factory only with --allow-code"
+)
+
+
+class TargetField(Fields, frozen=True):
     """What the result must load into, and the differences that are meant."""
 
-    model_config = _FIXED
-    model: str | None = Field(
-        default=None,
-        description="timm:NAME, hf:FOLDER (from the source's folder), or a saved manifest beside the rule file; py:module:factory only with --allow-code",
-    )
+    model: Annotated[str | None, Meta(description=_MODEL)] = None
     allow: Allow = Allow()
 
 
@@ -73,60 +73,55 @@ _SPEC_SCHEMA = {"anyOf": [
         "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "dtype": {"enum": [dtype.value for dtype in DType]},
     }},
 ]}  # fmt: skip
-SpecField = Annotated[TensorSpec, PlainValidator(_spec), WithJsonSchema(_SPEC_SCHEMA)]
+SpecField = Annotated[TensorSpec, Parsed(_spec, _SPEC_SCHEMA)]
 
 
-class RuleTest(BaseModel):
+class RuleTest(Fields, frozen=True):
     """Names and shapes in, names and shapes out. ``expect: same``: the rule must not touch them. ``refuses``: the code of the problem."""
 
-    model_config = _FIXED
-    name: str = Field(min_length=1)
-    given: dict[str, SpecField] = Field(min_length=1)
+    name: Annotated[str, Meta(min_length=1)]
+    given: Annotated[dict[str, SpecField], Meta(min_length=1)]
     expect: dict[str, SpecField] | Literal["same"] | None = None
-    refuses: str | None = Field(None, pattern=r"^CK[0-9]{3}$", description="the rule must refuse, with this code")
-    set: dict[str, Any] = Field(default_factory=dict, description="variables")
+    refuses: Annotated[Annotated[str, Meta(pattern=r"^CK[0-9]{3}$")] | None, Meta(description="the rule must refuse, with this code")] = (
+        None
+    )
+    set: Annotated[dict[str, Any], Meta(description="variables")] = field(default_factory=dict)
     config: dict[str, Any] | None = None
-    todo: bool = Field(False, description="a known gap: fails, and may")
+    todo: Annotated[bool, Meta(description="a known gap: fails, and may")] = False
 
 
-class Header(BaseModel):
+def _expressions_parse(values: dict[str, Any]) -> dict[str, Any]:
+    for value in values.values():
+        if isinstance(value, str):
+            parse_expression(value)
+    return values
+
+
+def _new_enough(value: str) -> str:
+    if value and not _VERSION.fullmatch(value):
+        raise Refusal("want a comparison such as '>=0.1'", code="CK102", found=printable(value))
+    if value and not _holds(value):
+        raise Refusal(f"the rule requires ckptconv {value}; this is {__version__}", code="CK102", try_="pip install -U ckptconv")
+    return value
+
+
+class Header(Fields, frozen=True, kw_only=True):
     """Everything of a rule file but its steps."""
 
-    model_config = _FIXED
-    version: Literal[1] = Field(description="of the language")
-    name: str = Field(pattern=r"^[a-z0-9]+([._-][a-z0-9]+)*$", max_length=100, description="the file's stem")
-    revision: int = Field(1, ge=1, description="of this rule: raised whenever its result changes")
-    summary: str = Field(min_length=1, max_length=300)
+    version: Annotated[Literal[1], Meta(description="of the language")]
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9]+([._-][a-z0-9]+)*$", max_length=100, description="the file's stem")]
+    revision: Annotated[int, Meta(ge=1, description="of this rule: raised whenever its result changes")] = 1
+    summary: Annotated[str, Meta(min_length=1, max_length=300)]
     description: str = ""
-    requires: str = Field("", description="ckptconv versions that can read it, as in '>=0.1'")
-    select: Texts = Field((), description="container of the checkpoint; the first that exists")
-    when: Condition | None = Field(None, description="otherwise the rule refuses the checkpoint")
-    vars: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z_0-9]*$")], Any] = Field(default_factory=dict)
-    expect_all: bool = Field(False, description="a name that no step touches is an error")
+    requires: Annotated[str, Checked(_new_enough), Meta(description="ckptconv versions that can read it, as in '>=0.1'")] = ""
+    select: Annotated[Texts, Meta(description="container of the checkpoint; the first that exists")] = ()
+    when: Annotated[Condition | None, Meta(description="otherwise the rule refuses the checkpoint")] = None
+    vars: Annotated[dict[Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z_0-9]*$")], Any], Checked(_expressions_parse)] = field(
+        default_factory=dict
+    )
+    expect_all: Annotated[bool, Meta(description="a name that no step touches is an error")] = False
     target: TargetField = TargetField()
     tests: tuple[RuleTest, ...] = ()
-
-    @field_validator("vars")
-    @classmethod
-    def _expressions_parse(cls, values: dict[str, Any]) -> dict[str, Any]:
-        for value in values.values():
-            if isinstance(value, str):
-                parse_expression(value)
-        return values
-
-    @field_validator("requires")
-    @classmethod
-    def _new_enough(cls, value: str) -> str:
-        if value and not _VERSION.fullmatch(value):
-            raise Refusal("want a comparison such as '>=0.1'", code="CK102", found=printable(value))
-        if value and not _holds(value):
-            raise Refusal(f"the rule requires ckptconv {value}; this is {__version__}", code="CK102", try_="pip install -U ckptconv")
-        return value
-
-    @field_validator("tests", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class RuleStep(Struct, frozen=True):
@@ -252,9 +247,9 @@ def _included(word: str, folder: Path | None, within: tuple[Path, ...]) -> RuleF
 
 def _header(document: YamlFile, data: dict[str, Any], problems: list[Problem]) -> Header | None:
     try:
-        return Header.model_validate(data)
+        return Header.validated(data)
     except ValidationError as error:
-        problems.extend(explained(error, document, (), [*Header.model_fields, "steps"]))
+        problems.extend(explained(error, document, (), [*Header.written_names(), "steps"]))
         return None
 
 
@@ -295,23 +290,19 @@ def _step(document: YamlFile, at: int, item: Any, problems: list[Problem]) -> Ru
         if not isinstance(body, dict):
             raise Refusal(f"{op} wants its fields: {_field_names(kind)}", code="CK102", found=printable(body))
         body = {**body, **{key: value for key, value in item.items() if key in _MODIFIERS}}
-        step = kind.model_validate(body)
+        step = kind.validated(body)
     except Refusal as refusal:
         problems.append(refusal.at(document.where((*path, op))))
         return None
     except ValidationError as error:
-        problems.extend(explained(error, document, (*path, op), _known_fields(kind)))
+        problems.extend(explained(error, document, (*path, op), kind.written_names()))
         return None
     line = document.places.get((*path, op), (0, 0))[0]
     return RuleStep(step, at + 1, line, f"{document.where((*path, op))}  {op} (step {at + 1})")
 
 
-def _known_fields(kind: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in kind.model_fields.items()]
-
-
-def _field_names(kind: type[BaseModel]) -> str:
-    return ", ".join(name for name in _known_fields(kind) if name not in _MODIFIERS)
+def _field_names(kind: type[Step]) -> str:
+    return ", ".join(name for name in kind.written_names() if name not in _MODIFIERS)
 
 
 def explained(error: ValidationError, document: YamlFile, base: tuple[str | int, ...], known: Iterable[str]) -> list[Problem]:
@@ -326,14 +317,14 @@ def explained(error: ValidationError, document: YamlFile, base: tuple[str | int,
         if isinstance(reason, Refusal):
             problem = Problem(reason.code, reason.what, where=where, found=reason.found, try_=reason.try_)
         elif item["type"] == "extra_forbidden":
-            fields = [*RuleTest.model_fields] if item["loc"][0] == "tests" and len(item["loc"]) == 3 else [*known]
+            fields = [*RuleTest.written_names()] if item["loc"][0] == "tests" and len(item["loc"]) == 3 else [*known]
             close = nearest(str(item["loc"][-1]), fields)
             hint = f"did you mean {close}?" if close else "fields: " + ", ".join(fields)
             problem = Problem("CK102", f"unknown field {printable(item['loc'][-1])!r}", where=where, try_=hint)
         elif item["type"] == "missing":
             problem = Problem("CK102", f"field {printable(item['loc'][-1])!r} is missing", where=where)
         else:
-            message = str(reason) if reason is not None else item["msg"][:1].lower() + item["msg"][1:]
+            message = str(reason) if reason is not None else (item["msg"][:1].lower() + item["msg"][1:]).replace("tuple", "list")
             problem = Problem("CK102", f"{printable(field)}: {printable(message)}", where=where, found=value)
         found.setdefault((where, problem.what), problem)
     return list(found.values())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import cleandoc
 from typing import Any
 
-from pydantic.json_schema import GenerateJsonSchema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
+from ckptconv.fields import schema_of
 from ckptconv.ruleset import steps
 from ckptconv.ruleset.expressions import Node
 from ckptconv.ruleset.model import Header
@@ -15,10 +18,26 @@ _MODIFIERS = ("when", "optional", "note")
 
 
 class _Schema(GenerateJsonSchema):
-    """Defaults as a rule file would say them."""
+    """pydantic's, with what :mod:`ckptconv.fields` notes beside the core's schemas, and defaults as a rule file would say them."""
 
-    def encode_default(self, dft: Any) -> Any:
-        return super().encode_default(_said(dft))
+    def function_plain_schema(self, schema: core_schema.PlainValidatorFunctionSchema) -> JsonSchemaValue:
+        return dict(schema["metadata"]["schema"])
+
+    def typed_dict_schema(self, schema: core_schema.TypedDictSchema) -> JsonSchemaValue:
+        found, said = super().typed_dict_schema(schema), schema["metadata"]
+        found.update(title=said["name"], description=cleandoc(said["description"]))
+        if "rest" in said:
+            found["additionalProperties"] = said["rest"]
+        return found
+
+    def typed_dict_field_schema(self, schema: core_schema.TypedDictField) -> JsonSchemaValue:
+        found, said = super().typed_dict_field_schema(schema), schema["metadata"]
+        if said["description"]:
+            found["description"] = said["description"]
+        default = _said(said["default"])
+        if default is None or isinstance(default, (str, bool, int, float, list)):
+            found["default"] = default
+        return found
 
 
 def _said(value: Any) -> Any:
@@ -30,13 +49,11 @@ def _said(value: Any) -> Any:
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of language version 1, generated from the models that validate rule files."""
-    schema = Header.model_json_schema(by_alias=True, schema_generator=_Schema)
-    definitions: dict[str, Any] = schema.pop("$defs", {})
+    """The schema of language version 1, generated from the classes that rule files are checked by."""
+    schema = _Schema().generate(schema_of(Header))
     choices = []
     for op, kind in steps.ALL.items():
-        fields = kind.model_json_schema(by_alias=True, schema_generator=_Schema)
-        definitions.update(fields.pop("$defs", {}))
+        fields = _Schema().generate(schema_of(kind))
         modifiers = {name: fields["properties"][name] for name in _MODIFIERS}
         body: dict[str, Any] = fields
         shorts = _short_forms(op)
@@ -55,7 +72,6 @@ def json_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "required": [*schema["required"], "steps"],
         "properties": properties,
-        "$defs": definitions,
     }
 
 

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from msgspec import Struct
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from msgspec import Meta, Struct
+from pydantic_core import ValidationError
 
-from ckptconv.errors import Problem, Refusal, UsageError, printable
+from ckptconv.errors import Problem, UsageError, printable
+from ckptconv.fields import Fields
 from ckptconv.ruleset import yamlfile
 from ckptconv.ruleset.model import RuleFile, RuleTest, explained
 
 SUFFIX = ".test.yaml"
 
 
-class Beside(BaseModel):
+class Beside(Fields, frozen=True):
     """All that may stand in a ``NAME.test.yaml``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True)
-    tests: tuple[RuleTest, ...]
-
-    @field_validator("tests", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        if not isinstance(value, list) or not value:
-            raise Refusal("want a list of tests", code="CK102", found=printable(value))
-        return tuple(value)
+    tests: Annotated[tuple[RuleTest, ...], Meta(min_length=1)]
 
 
 class PlacedTest(Struct, frozen=True):
@@ -78,7 +71,7 @@ def parse(raw: bytes, name: str) -> list[tuple[RuleTest, str]]:
     if not isinstance(document.data, dict):
         raise UsageError(Problem("CK102", "a test file is a mapping with `tests:`", where=name, found=printable(document.data)))
     try:
-        tests = Beside.model_validate(document.data).tests
+        tests = Beside.validated(document.data).tests
     except ValidationError as error:
-        raise UsageError(explained(error, document, (), Beside.model_fields)) from None
+        raise UsageError(explained(error, document, (), Beside.written_names())) from None
     return [(test, document.where(("tests", at))) for at, test in enumerate(tests)]

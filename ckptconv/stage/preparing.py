@@ -183,7 +183,7 @@ def _allowed(data: Any) -> AllowField:
     """The differences from the target that the rules of a saved plan allow. Raises ``ValueError`` for anything else."""
     from ckptconv.ruleset.model import Allow as Field
 
-    return Field.model_validate(data)
+    return Field.validated(data)
 
 
 def saved_plan(prepared: Prepared) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _rule_name(out: Path | None) -> str:
         return "suggested"
     stem = out.stem
     try:
-        ruleset.Header.model_validate({"version": 1, "name": stem, "summary": "s"})
+        ruleset.Header.validated({"version": 1, "name": stem, "summary": "s"})
     except ValueError:
         better = "-".join("".join(ch if ch.isascii() and ch.isalnum() else " " for ch in stem.lower()).split()) or "mine"
         raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptconv.spec import DType, TensorSpec
 from ckptconv.transforms.base import Example, Transform, misfit, only
@@ -11,14 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Affine(Transform):
+class Affine(Transform, frozen=True):
     """``x * mul + add``, computed in float32 (float64 for float64) and rounded back. Not exact: ``+1`` and then ``-1`` changes most values.
 
     >>> str(Affine(add=1.0).infer(TensorSpec((4,), DType.bfloat16)))
     '[4] bfloat16'
     """
 
-    op: Literal["affine"] = "affine"
     mul: float = 1.0
     add: float = 0.0
 

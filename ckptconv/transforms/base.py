@@ -6,9 +6,9 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from msgspec import Struct
-from pydantic import BaseModel, ConfigDict
 
 from ckptconv.errors import Refusal
+from ckptconv.fields import Fields
 from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, Box, TensorSpec
 
 if TYPE_CHECKING:
@@ -31,19 +31,23 @@ class Example(Struct, frozen=True):
     refuses: tuple[TensorSpec, ...] | None = None
 
 
-class Transform(BaseModel):
+class Transform(Fields, frozen=True, tag_field="op", tag=str.lower):
     """One operation on tensors, said as data. Adding one: one file, one class, one line in ``transforms.ALL``.
 
-    A transform is frozen, compared by value and hashable; its JSON is its fields. ``infer`` never needs torch.
+    A transform is frozen, compared by value and hashable; its JSON is ``op``, the class's name in small letters, and its fields. ``infer``
+    never needs torch.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)  # few of them are used in one run
 
     #: True when the kernel only moves elements, so that every bit of the arguments can be found in the result.
     exact: ClassVar[bool] = True
     #: Why an optimizer's moments cannot go where their parameter goes; empty where they can. They can where the kernel takes every element of
     #: the result from one place and from no place twice, and changes none. Each transform says it for itself.
     stops_moments: ClassVar[str]
+
+    @property
+    def op(self) -> str:
+        """Its name in saved plans."""
+        return str(self.__struct_config__.tag)
 
     @abstractmethod
     def infer(self, *arguments: TensorSpec) -> TensorSpec:

@@ -17,7 +17,7 @@ _CHUNK = 1 << 22
 _NO_INFINITY = frozenset({DType.float8_e4m3fn, DType.float8_e4m3fnuz, DType.float8_e5m2fnuz})
 
 
-class Cast(Transform):
+class Cast(Transform, frozen=True):
     """``dtype`` for every element. A finite value that the dtype cannot reach is an error, the nearest it has (``saturate``), or infinity
     (``inf``). Rounding and flushing small values to zero are what narrowing means.
 
@@ -25,7 +25,6 @@ class Cast(Transform):
     '[2, 3] bfloat16'
     """
 
-    op: Literal["cast"] = "cast"
     dtype: DType
     overflow: Literal["error", "saturate", "inf"] = "error"
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
-
-from pydantic import field_validator
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.fields import Checked
 from ckptconv.spec import DType, TensorSpec
 from ckptconv.transforms.base import Example, Transform, checked_result, misfit
 from ckptconv.transforms.formula import parse, shape_of, value_of
@@ -16,7 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Combine(Transform):
+def _parses(formula: str) -> str:
+    try:
+        parse(formula)
+    except Refusal as refusal:
+        raise ValueError(refusal.what) from None
+    return formula
+
+
+class Combine(Transform, frozen=True):
     """``formula`` over the arguments, which it calls ``names``, and over ``constants``.
 
     Computed in float32 (float64 where an argument is float64) and rounded to ``dtype``: that of the first argument, where nothing is said.
@@ -26,23 +33,13 @@ class Combine(Transform):
     '[8, 6] float32'
     """
 
-    op: Literal["combine"] = "combine"
     names: tuple[str, ...]
-    formula: str
+    formula: Annotated[str, Checked(_parses)]
     constants: tuple[tuple[str, float], ...] = ()
     dtype: DType | None = None
 
     exact: ClassVar[bool] = False
     stops_moments: ClassVar[str] = "a formula's result has other gradients than what goes into it"
-
-    @field_validator("formula")
-    @classmethod
-    def _parses(cls, value: str) -> str:
-        try:
-            parse(value)
-        except Refusal as refusal:
-            raise ValueError(refusal.what) from None
-        return value
 
     def infer(self, *arguments: TensorSpec) -> TensorSpec:
         if len(arguments) != len(self.names) or not arguments:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, checked_result, misfit
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Concat(Transform):
+class Concat(Transform, frozen=True):
     """The arguments one after the other along ``axis``. They agree in dtype, rank and every other size.
 
     >>> q, kv = TensorSpec((8, 4), DType.bfloat16), TensorSpec((2, 4), DType.bfloat16)
@@ -21,7 +21,6 @@ class Concat(Transform):
     '[12, 4] bfloat16'
     """
 
-    op: Literal["concat"] = "concat"
     axis: int
 
     stops_moments: ClassVar[str] = ""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-class Decode(Transform):
+class Decode(Transform, frozen=True):
     """Stored numbers times their scales, in ``dtype``. The layouts:
 
     ``blocks``  weight ``[..., m, n]`` (fp8, int8) and one scale per block of ``block`` = (rows, columns); the last blocks may be ragged
@@ -32,7 +32,6 @@ class Decode(Transform):
     '[112, 48] float32'
     """
 
-    op: Literal["decode"] = "decode"
     layout: Literal["blocks", "mxfp4", "int8", "int4"]
     dtype: DType = DType.float32
     block: tuple[int, int] | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Dense(Transform):
+class Dense(Transform, frozen=True):
     """Zeros of ``shape`` with the stored values at their places: ``coo`` (indices ``[rank, n]``, values ``[n]``) or ``csr`` (row pointers,
     columns, values; rank 2). Values stored twice at one place are added, as torch does; none may lie outside.
 
@@ -22,7 +22,6 @@ class Dense(Transform):
     '[4, 3] float32'
     """
 
-    op: Literal["dense"] = "dense"
     layout: Literal["coo", "csr"]
     shape: tuple[int, ...]
 

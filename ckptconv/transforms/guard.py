@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptconv.errors import Refusal
 from ckptconv.spec import Box, DType, TensorSpec
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Guard(Transform):
+class Guard(Transform, frozen=True):
     """The first argument, unchanged. ``finite``: it must hold no NaN and no infinity. A second argument must hold the same values."""
 
-    op: Literal["guard"] = "guard"
     finite: bool = False
 
     stops_moments: ClassVar[str] = ""

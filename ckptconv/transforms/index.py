@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, checked_result, misfit, only
@@ -12,14 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Index(Transform):
+class Index(Transform, frozen=True):
     """Position ``i`` of the result along ``axis`` is position ``take[i]`` of the argument; repeats and omissions are allowed.
 
     >>> Index(axis=1, take=(0, 2, 1, 3)).infer(TensorSpec((8, 4), DType.float32)).shape
     (8, 4)
     """
 
-    op: Literal["index"] = "index"
     axis: int
     take: tuple[int, ...]
 

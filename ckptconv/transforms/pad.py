@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, checked_result, misfit, only
@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Pad(Transform):
+class Pad(Transform, frozen=True):
     """``before`` and ``after`` elements of ``value`` along ``axis`` (a vocabulary rounded up, padded heads).
 
     >>> str(Pad(axis=0, before=0, after=3).infer(TensorSpec((5, 4), DType.float32)))
     '[8, 4] float32'
     """
 
-    op: Literal["pad"] = "pad"
     axis: int
     before: int
     after: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, ClassVar, Union
 
 from ckptconv.errors import Refusal
 from ckptconv.spec import Box, DType, TensorSpec
@@ -67,7 +67,7 @@ def _side(text: str, pattern: str) -> Side:
     return tuple(groups)
 
 
-class Rearrange(Transform):
+class Rearrange(Transform, frozen=True):
     """An einops pattern with the sizes that the shape alone does not tell.
 
     >>> rotary = Rearrange(pattern="(h d two) ... -> (h two d) ...", sizes=(("h", 4), ("two", 2)))
@@ -75,7 +75,6 @@ class Rearrange(Transform):
     '[64, 32] bfloat16'
     """
 
-    op: Literal["rearrange"] = "rearrange"
     pattern: str
     sizes: tuple[tuple[str, int], ...] = ()
 

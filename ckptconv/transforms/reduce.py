@@ -11,14 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Reduce(Transform):
+class Reduce(Transform, frozen=True):
     """The sum or mean over ``axis``, which stays with size 1. Computed in float32 (float64 for float64) and rounded back.
 
     >>> str(Reduce(how="sum", axis=1).infer(TensorSpec((64, 3, 7, 7), DType.float32)))
     '[64, 1, 7, 7] float32'
     """
 
-    op: Literal["reduce"] = "reduce"
     how: Literal["sum", "mean"]
     axis: int
 

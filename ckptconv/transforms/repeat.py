@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, checked_result, misfit, only
@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Repeat(Transform):
+class Repeat(Transform, frozen=True):
     """``times`` copies along ``axis``: ``a a b b`` with ``interleave`` (``torch.repeat_interleave``), ``a b a b`` without (tiling).
 
     >>> Repeat(axis=0, times=4, interleave=True).infer(TensorSpec((8, 64), DType.float32)).shape
     (32, 64)
     """
 
-    op: Literal["repeat"] = "repeat"
     axis: int
     times: int
     interleave: bool

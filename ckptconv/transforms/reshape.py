@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_result, misfit, only
@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Reshape(Transform):
+class Reshape(Transform, frozen=True):
     """The elements in row-major order as ``shape``; one size may be -1, which takes what the others leave.
 
     >>> Reshape(shape=(-1, 2)).infer(TensorSpec((3, 4), DType.float32)).shape
     (6, 2)
     """
 
-    op: Literal["reshape"] = "reshape"
     shape: tuple[int, ...]
 
     stops_moments: ClassVar[str] = ""

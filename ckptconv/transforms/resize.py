@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Resize(Transform):
+class Resize(Transform, frozen=True):
     """Positions along ``axis`` resampled from ``source`` to ``size`` (one number: a line; two: a grid, rows first).
 
     The first ``prefix`` and the last ``suffix`` positions are no positions (class and register tokens) and stay as they are. With
@@ -22,7 +22,6 @@ class Resize(Transform):
     '[1, 37, 48] float32'
     """
 
-    op: Literal["resize"] = "resize"
     axis: int
     source: tuple[int, ...]
     size: tuple[int, ...]

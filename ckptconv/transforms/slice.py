@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptconv.spec import Box, DType, TensorSpec
 from ckptconv.transforms.base import Example, Piece, Transform, checked_axis, misfit, only
@@ -11,14 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Slice(Transform):
+class Slice(Transform, frozen=True):
     """Elements ``start`` to ``stop`` (exclusive) along ``axis``. Both are counted from the front and lie within the tensor.
 
     >>> Slice(axis=0, start=768, stop=1536).infer(TensorSpec((2304, 768), DType.float32)).shape
     (768, 768)
     """
 
-    op: Literal["slice"] = "slice"
     axis: int
     start: int
     stop: int

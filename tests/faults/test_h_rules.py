@@ -64,7 +64,7 @@ REFUSED = [
     ("c094-misspelt-dtype", steps("cast: {keys: x, dtype: float17}"), ("rules.yaml:5:19", "CK102", "there is no dtype 'float17'", "", "did you mean float16?")),
     ("c094-version-2", steps("drop: x").replace("version: 1", "version: 2"), ("rules.yaml:1:1", "CK102", "version: input should be 1", "2")),
     ("c094-requires-a-later-ckptconv", HEAD + "requires: '>=99'\nsteps: [drop: x]\n", ("rules.yaml:4:1", "CK102", "the rule requires ckptconv >=99; this is 0.1.0", "", "pip install -U ckptconv")),
-    ("c095-split-into-a-billion", steps('split: {from: x, to: "{i:int}.y", dim: 0, parts: 1000000000}'), ("rules.yaml:5:3", "CK102", "unknown field 'parts'", "", "fields: when, optional, note, dim, layout, along, source, to, sizes")),
+    ("c095-split-into-a-billion", steps('split: {from: x, to: "{i:int}.y", dim: 0, parts: 1000000000}'), ("rules.yaml:5:3", "CK102", "unknown field 'parts'", "", "fields: from, to, sizes, when, optional, note, dim, layout, along")),
     ("c095-split-by-sizes-that-do-not-fit", steps("split: {from: x, to: [a, b], dim: 0, sizes: [1000000000, 1]}"), ("rules.yaml:5:3  split (step 1)", "CK206", "x: the sizes [1000000000, 1] add up to 1000000001, but axis 0 has 8", "[8] float32")),
     ("c095-repeat-a-billion-times-a-billion", steps("repeat: {keys: x, dim: 0, times: 1000000000000000000}", "repeat: {keys: x, dim: 0, times: 1000000000}"), ("rules.yaml:6:3  repeat (step 2)", "CK206", "x: repeat would make a tensor past the limits of 64 axes and 2^63 elements", "[8000000000000000000] float32")),
     ("c095-negative-size", steps("reshape: {keys: x, shape: [-8]}"), ("rules.yaml:5:3  reshape (step 1)", "CK104", "x: a size must be at least -1", "-8")),

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Union
 
-from msgspec import Struct, field
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from msgspec import Meta, Struct, field
 
 from ckptconv.errors import Problem, Refusal, printable
+from ckptconv.fields import Fields, Parsed
 from ckptconv.names import collapse, nearest, unusable
 from ckptconv.plan import Dropped, Expr, Origin
 from ckptconv.ruleset import expressions
@@ -80,27 +80,26 @@ def _many(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return parsed
 
 
-def one_or_many(item: dict[str, Any]) -> WithJsonSchema:
+def one_or_many(item: dict[str, Any]) -> dict[str, Any]:
     """What editors see of a field that takes one value or a list of them."""
-    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item, "minItems": 1}]})
+    return {"anyOf": [item, {"type": "array", "items": item, "minItems": 1}]}
 
 
 # Text becomes an object at the border, once; the schema that editors use still says "text".
 _TEXT = {"type": "string", "minLength": 1}
 _DTYPES = {"enum": [dtype.value for dtype in DType]}
-PatternField = Annotated[Pattern, PlainValidator(_pattern), WithJsonSchema(_TEXT)]
-TemplateField = Annotated[Template, PlainValidator(_template), WithJsonSchema(_TEXT)]
-Number = Annotated[expressions.Node, PlainValidator(_expression), WithJsonSchema({"type": ["integer", "string"]})]
-Patterns = Annotated[tuple[Pattern, ...], PlainValidator(_many(_pattern)), one_or_many(_TEXT)]
-Templates = Annotated[tuple[Template, ...], PlainValidator(_many(_template)), one_or_many(_TEXT)]
-DTypeField = Annotated[DType, PlainValidator(parse_dtype), WithJsonSchema(_DTYPES)]
-DTypes = Annotated[tuple[DType, ...], PlainValidator(_many(parse_dtype)), one_or_many(_DTYPES)]
+PatternField = Annotated[Pattern, Parsed(_pattern, _TEXT)]
+TemplateField = Annotated[Template, Parsed(_template, _TEXT)]
+Number = Annotated[expressions.Node, Parsed(_expression, {"type": ["integer", "string"]})]
+Patterns = Annotated[tuple[Pattern, ...], Parsed(_many(_pattern), one_or_many(_TEXT))]
+Templates = Annotated[tuple[Template, ...], Parsed(_many(_template), one_or_many(_TEXT))]
+DTypeField = Annotated[DType, Parsed(parse_dtype, _DTYPES)]
+DTypes = Annotated[tuple[DType, ...], Parsed(_many(parse_dtype), one_or_many(_DTYPES))]
 
 
-class KeyCondition(BaseModel):
+class KeyCondition(Fields, frozen=True):
     """Which names must be there (``all``, ``any``) and which must not (``none``)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
     all: Patterns | None = None
     any: Patterns | None = None
     none: Patterns | None = None
@@ -129,13 +128,12 @@ def _condition(value: Any) -> KeyCondition | expressions.Node:
         return expressions.parse(value)
     if isinstance(value, bool):
         return expressions.Node("literal", value)
-    return KeyCondition.model_validate(value)
+    return KeyCondition.validated(value)
 
 
 Condition = Annotated[
     Union[KeyCondition, expressions.Node],
-    PlainValidator(_condition),
-    WithJsonSchema({
+    Parsed(_condition, {
         "anyOf": [
             {"type": ["string", "boolean"]},
             {"type": "object", "additionalProperties": False, "properties": {
@@ -240,17 +238,15 @@ class Context(Struct):
         self.problem(refusal.code, what, found=refusal.found, try_=refusal.try_)
 
 
-class Step(BaseModel):
+class Step(Fields, frozen=True, kw_only=True, dict=True):
     """One step of a rule file. Adding one: one class with ``op``, its fields and ``lower``, and one line in ``steps.ALL``."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=True, populate_by_name=True, strict=True, defer_build=True
-    )
-
     op: ClassVar[str]
-    when: Condition | None = Field(None, description="do the step only if this holds: an expression, or patterns under all/any/none")
-    optional: bool = Field(False, description="matching nothing is no error")
-    note: str = Field("", description="for people")
+    when: Annotated[Condition | None, Meta(description="do the step only if this holds: an expression, or patterns under all/any/none")] = (
+        None
+    )
+    optional: Annotated[bool, Meta(description="matching nothing is no error")] = False
+    note: Annotated[str, Meta(description="for people")] = ""
 
     @classmethod
     def short(cls, value: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
+from msgspec import Meta, field
 from msgspec.structs import replace
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.fields import Parsed
 from ckptconv.names import collapse
 from ckptconv.plan import Dropped, apply, reads
 from ckptconv.ruleset import expressions
@@ -35,12 +36,12 @@ def _dropped(table: Table, names: set[str], reason: str, context: Context) -> li
     return [Dropped(name, context.origin, reason, reads(entry.expr)) for name, entry in table.items() if name in names]
 
 
-class Drop(Step):
+class Drop(Step, frozen=True):
     """Leaves tensors out, on purpose; they are listed in the report."""
 
     op: ClassVar[str] = "drop"
     keys: Patterns
-    reason: str = Field("", description="why; said in the report")
+    reason: Annotated[str, Meta(description="why; said in the report")] = ""
 
     @classmethod
     def short(cls, value: Any) -> Any:
@@ -55,12 +56,12 @@ class Drop(Step):
         return {name: entry for name, entry in table.items() if name not in gone}
 
 
-class Keep(Step):
+class Keep(Step, frozen=True):
     """Leaves everything out but the named tensors."""
 
     op: ClassVar[str] = "keep"
     keys: Patterns
-    reason: str = Field("", description="why the rest goes; said in the report")
+    reason: Annotated[str, Meta(description="why the rest goes; said in the report")] = ""
 
     @classmethod
     def short(cls, value: Any) -> Any:
@@ -77,19 +78,17 @@ class Keep(Step):
         return {name: entry for name, entry in table.items() if name in kept}
 
 
-class Copy(Step):
+class Copy(Step, frozen=True):
     """Writes a tensor a second time, under another name, with bytes of its own."""
 
     op: ClassVar[str] = "copy"
-    source: Patterns = Field(alias="from")
+    source: Patterns = field(name="from")
     to: Templates
     _own_identity: ClassVar[bool] = True
 
-    @model_validator(mode="after")
-    def _not_too_many(self) -> Copy:
+    def __post_init__(self) -> None:
         for pattern in self.source:
             list(fan_out(self.to, pattern.names))
-        return self
 
     def matched(self) -> Sequence[Pattern]:
         return self.source
@@ -112,7 +111,7 @@ class Copy(Step):
         return replaced(table, results, context)
 
 
-class Tie(Copy):
+class Tie(Copy, frozen=True):
     """Gives one tensor a second name: one storage in ``.pth``, an alias record in safetensors."""
 
     op: ClassVar[str] = "tie"
@@ -127,26 +126,24 @@ def _size(value: Any) -> expressions.Node | None:
     return expressions.parse(value) if isinstance(value, str) else expressions.Node("literal", value)
 
 
-Size = Annotated[Any, PlainValidator(_size), WithJsonSchema({"type": ["integer", "string", "null"]})]
+Size = Annotated[Any, Parsed(_size, {"type": ["integer", "string", "null"]})]
 
 
-class Check(Step):
+class Check(Step, frozen=True):
     """Passes, or stops the conversion: shape, dtype, rank, number of names; finite and equal look at the values while they are converted."""
 
     op: ClassVar[str] = "check"
     keys: Patterns
-    shape: Annotated[tuple[Size, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)] | None = None
+    shape: tuple[Size, ...] | None = None
     dtype: DTypes | None = None
     rank: int | None = None
-    count: Number | None = Field(None, description="how many names must match")
-    finite: bool = Field(False, description="no NaN and no infinity")
-    equal: bool = Field(False, description="all matching tensors hold the same values")
+    count: Annotated[Number | None, Meta(description="how many names must match")] = None
+    finite: Annotated[bool, Meta(description="no NaN and no infinity")] = False
+    equal: Annotated[bool, Meta(description="all matching tensors hold the same values")] = False
 
-    @model_validator(mode="after")
-    def _asks_something(self) -> Check:
+    def __post_init__(self) -> None:
         if all(value is None for value in (self.shape, self.dtype, self.rank, self.count)) and not (self.finite or self.equal):
             raise Refusal("check wants at least one of shape, dtype, rank, count, finite, equal", code="CK102")
-        return self
 
     def matched(self) -> Sequence[Pattern]:
         return self.keys

@@ -6,9 +6,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from msgspec import Meta, field
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.fields import Parsed
 from ckptconv.plan import Dropped, Expr, apply, reads
 from ckptconv.ruleset import expressions
 from ckptconv.ruleset.expressions import Absent, Lookup
@@ -38,11 +39,11 @@ def _formula(value: Any) -> str:
     return value
 
 
-Formula = Annotated[str, PlainValidator(_formula), WithJsonSchema({"type": "string", "minLength": 1})]
+Formula = Annotated[str, Parsed(_formula, {"type": "string", "minLength": 1})]
 Members = Mapping[str, str]  #: what the rule calls a tensor -> its name in the table
 
 
-class NamedStep(Step):
+class NamedStep(Step, frozen=True):
     """A step whose sources have names of their own: for every set of captures one group, each of its tensors called by its name."""
 
     def sources(self) -> Mapping[str, Pattern]:
@@ -135,18 +136,17 @@ def combined(formula: str, members: Members, table: Table, lookup: Lookup, dtype
     )
 
 
-class CombineStep(NamedStep):
+class CombineStep(NamedStep, frozen=True):
     """A formula over named tensors, `w + s * (b @ a)`: + - * / @, sqrt, norm, sum, mean over axes, transpose, rows, columns."""
 
     op: ClassVar[str] = "combine"
-    source: Annotated[dict[str, PatternField], Field(min_length=1)] = Field(alias="from", description="name in the formula: pattern")
+    source: Annotated[dict[str, PatternField], Meta(min_length=1, description="name in the formula: pattern")] = field(name="from")
     to: TemplateField
     formula: Formula
-    dtype: DTypeField | None = Field(None, description="of the result; that of the first tensor, where nothing is said")
-    alone: str | None = Field(None, description="the tensor that may lack its partners; then it passes as it is")
+    dtype: Annotated[DTypeField | None, Meta(description="of the result; that of the first tensor, where nothing is said")] = None
+    alone: Annotated[str | None, Meta(description="the tensor that may lack its partners; then it passes as it is")] = None
 
-    @model_validator(mode="after")
-    def _fits(self) -> CombineStep:
+    def __post_init__(self) -> None:
         first = next(iter(self.source.values()))
         for pattern in self.source.values():
             if sorted(pattern.names) != sorted(first.names):
@@ -156,7 +156,6 @@ class CombineStep(NamedStep):
         unused = [name for name in self.source if name not in parse_formula(self.formula).names()]
         if unused:
             raise Refusal(f"the formula does not use {printable(unused[0])!r}", code="CK102", found=printable(self.formula))
-        return self
 
     def sources(self) -> Mapping[str, Pattern]:
         return self.source
@@ -172,20 +171,22 @@ class CombineStep(NamedStep):
         return [(new, Entry(combined(self.formula, ordered, table, lookup, self.dtype), context.origin, f"combine {new}"))]
 
 
-class MergeLora(NamedStep):
+class MergeLora(NamedStep, frozen=True, kw_only=True):
     """LoRA merged into its base: `w + alpha / r * (b @ a)`. Base weights without an adapter pass as they are."""
 
     op: ClassVar[str] = "merge_lora"
-    base: PatternField = Field(default=Pattern.parse("{m:**}.weight"))
-    a: PatternField = Field(default=Pattern.parse("adapter::base_model.model.{m:**}.lora_A.weight"))
-    b: PatternField = Field(default=Pattern.parse("adapter::base_model.model.{m:**}.lora_B.weight"))
-    to: TemplateField | None = Field(None, description="the base's own name, where nothing is said")
+    base: PatternField = Pattern.parse("{m:**}.weight")
+    a: PatternField = Pattern.parse("adapter::base_model.model.{m:**}.lora_A.weight")
+    b: PatternField = Pattern.parse("adapter::base_model.model.{m:**}.lora_B.weight")
+    to: Annotated[TemplateField | None, Meta(description="the base's own name, where nothing is said")] = None
     alpha: Number
-    rank: Number = Field(default_factory=lambda: expressions.parse("a.shape[0]"), description="a's first size, where nothing is said")
-    transposed: Number = Field(
-        default=expressions.parse("false"), description="true where the base stores (in, out), as GPT-2's Conv1D does"
+    rank: Annotated[Number, Meta(description="a's first size, where nothing is said")] = field(
+        default_factory=lambda: expressions.parse("a.shape[0]")
     )
-    rank_stabilised: Number = Field(default=expressions.parse("false"), description="alpha / sqrt(r), as in rsLoRA")
+    transposed: Annotated[Number, Meta(description="true where the base stores (in, out), as GPT-2's Conv1D does")] = expressions.parse(
+        "false"
+    )
+    rank_stabilised: Annotated[Number, Meta(description="alpha / sqrt(r), as in rsLoRA")] = expressions.parse("false")
 
     def sources(self) -> Mapping[str, Pattern]:
         return {"w": self.base, "a": self.a, "b": self.b}
@@ -205,24 +206,22 @@ class MergeLora(NamedStep):
         return [(new, Entry(expr, context.origin, f"merge_lora {new}"))]
 
 
-class WeightNorm(NamedStep):
+class WeightNorm(NamedStep, frozen=True):
     """Weight norm folded (`g * v / norm(v)`, one weight) or unfolded (a weight becomes its norm and itself), along `dim`."""
 
     op: ClassVar[str] = "weight_norm"
-    fold: bool = Field(True, description="false: unfold")
+    fold: Annotated[bool, Meta(description="false: unfold")] = True
     g: str = "{m:**}.weight_g"
     v: str = "{m:**}.weight_v"
     weight: str = "{m:**}.weight"
-    dim: int | None = Field(0, description="the axis that keeps its own norms; null: one norm for the whole tensor")
+    dim: Annotated[int | None, Meta(description="the axis that keeps its own norms; null: one norm for the whole tensor")] = 0
 
-    @model_validator(mode="after")
-    def _parses(self) -> WeightNorm:
+    def __post_init__(self) -> None:
         for text in (self.g, self.v, self.weight):
             pattern = Pattern.parse(text)
             _as_template(text)
             if sorted(pattern.names) != sorted(Pattern.parse(self.g).names):
                 raise Refusal(f"{self.g!r} and {text!r} must have the same placeholders", code="CK102")
-        return self
 
     def sources(self) -> Mapping[str, Pattern]:
         if self.fold:
@@ -261,14 +260,14 @@ def _as_template(pattern: str) -> Template:
     return Template.parse(text)
 
 
-class FoldBatchnorm(NamedStep):
+class FoldBatchnorm(NamedStep, frozen=True):
     """A batch norm folded into the convolution or linear layer before it; the norm is gone, the layer has a bias."""
 
     op: ClassVar[str] = "fold_batchnorm"
-    layer: str = Field(description="the layer's name without `.weight`: 'layer{i:int}.conv'")
-    norm: str = Field(description="the norm's name without `.weight`: 'layer{i:int}.bn'")
+    layer: Annotated[str, Meta(description="the layer's name without `.weight`: 'layer{i:int}.conv'")]
+    norm: Annotated[str, Meta(description="the norm's name without `.weight`: 'layer{i:int}.bn'")]
     eps: float = 1e-5
-    transposed: bool = Field(False, description="true for a transposed convolution, whose outputs are axis 1")
+    transposed: Annotated[bool, Meta(description="true for a transposed convolution, whose outputs are axis 1")] = False
 
     def sources(self) -> Mapping[str, Pattern]:
         parts = {"w": f"{self.layer}.weight", "b": f"{self.layer}.bias", "scale": f"{self.norm}.weight", "shift": f"{self.norm}.bias",
@@ -294,13 +293,13 @@ class FoldBatchnorm(NamedStep):
                 (name, Entry(combined(bias, members, table, lookup, dtype), context.origin, f"fold {name}"))]  # fmt: skip
 
 
-class ApplyMask(NamedStep):
+class ApplyMask(NamedStep, frozen=True):
     """A pruning mask made final: `weight_orig * weight_mask`."""
 
     op: ClassVar[str] = "apply_mask"
-    weight: PatternField = Field(default=Pattern.parse("{m:**}.weight_orig"))
-    mask: PatternField = Field(default=Pattern.parse("{m:**}.weight_mask"))
-    to: TemplateField = Field(default=Template.parse("{m}.weight"))
+    weight: PatternField = Pattern.parse("{m:**}.weight_orig")
+    mask: PatternField = Pattern.parse("{m:**}.weight_mask")
+    to: TemplateField = Template.parse("{m}.weight")
 
     def sources(self) -> Mapping[str, Pattern]:
         return {"w": self.weight, "mask": self.mask}
@@ -311,25 +310,22 @@ class ApplyMask(NamedStep):
         return [] if new is None else [(new, Entry(combined("w * mask", ordered, table, lookup), context.origin, f"apply_mask {new}"))]
 
 
-def _pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-class DecodeStep(NamedStep):
+class DecodeStep(NamedStep, frozen=True):
     """Block-quantised weights as plain floats: `layout: blocks` (fp8 with `weight_scale_inv`), mxfp4, int8, int4."""
 
     op: ClassVar[str] = "decode"
     layout: Literal["blocks", "mxfp4", "int8", "int4"]
-    weight: PatternField = Field(description="the stored numbers")
-    scale: PatternField = Field(description="their scales")
-    zero: PatternField | None = Field(None, description="their zero points")
-    to: TemplateField | None = Field(None, description="the weight's own name, where nothing is said")
+    weight: Annotated[PatternField, Meta(description="the stored numbers")]
+    scale: Annotated[PatternField, Meta(description="their scales")]
+    zero: Annotated[PatternField | None, Meta(description="their zero points")] = None
+    to: Annotated[TemplateField | None, Meta(description="the weight's own name, where nothing is said")] = None
     dtype: DTypeField = DType.float32
-    block: Annotated[tuple[Number, Number], BeforeValidator(_pair)] = Field(
-        default=(expressions.Node("literal", 128), expressions.Node("literal", 128)), description="rows and columns of a block"
+    block: Annotated[tuple[Number, Number], Meta(description="rows and columns of a block")] = (
+        expressions.Node("literal", 128),
+        expressions.Node("literal", 128),
     )
     axis: int | None = None
-    plain: Literal["pass", "refuse"] = Field("pass", description="weights without a scale")
+    plain: Annotated[Literal["pass", "refuse"], Meta(description="weights without a scale")] = "pass"
 
     def sources(self) -> Mapping[str, Pattern]:
         found = {"weight": self.weight, "scale": self.scale}

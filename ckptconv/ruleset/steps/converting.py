@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Union
 
-from msgspec import Struct
-from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema, model_validator
+from msgspec import Meta, Struct, field
+from pydantic_core import ValidationError
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.fields import Parsed
 from ckptconv.names import nearest
 from ckptconv.plan import Expr, apply
 from ckptconv.ruleset import expressions
@@ -79,7 +80,7 @@ def _act(item: Any) -> Act:
         if fields is None or {"keys", "from", "to"} & fields.keys():
             raise Refusal(f"{word} in `do` wants its fields, without keys, from and to", code="CK102", found=printable(body))
         try:
-            return Act(word, None, kind.model_validate({"keys": "**", **fields}))
+            return Act(word, None, kind.validated({"keys": "**", **fields}))
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
             reason = fault.get("ctx", {}).get("error")
@@ -129,13 +130,12 @@ def _names(value: Any) -> tuple[str, ...]:
 
 Acts = Annotated[
     tuple[Act, ...],
-    PlainValidator(_acts),
-    WithJsonSchema({"type": "array", "items": {"anyOf": [{"const": "same"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}}),
+    Parsed(_acts, {"type": "array", "items": {"anyOf": [{"const": "same"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}}),
 ]
-Names = Annotated[tuple[str, ...], PlainValidator(_names), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]  # fmt: skip
+Names = Annotated[tuple[str, ...], Parsed(_names, {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]  # fmt: skip
 
 
-class Convert(Step):
+class Convert(Step, frozen=True, kw_only=True):
     """The general form: `from` (one or many), `gather` over placeholders, `do` one transform after the other, `to` (one or many).
 
     What is gathered is a list: `stack` and `concat` join the innermost one, every other transform works on each member. With several
@@ -143,14 +143,13 @@ class Convert(Step):
     """
 
     op: ClassVar[str] = "convert"
-    source: Patterns = Field(alias="from")
-    gather: Names = Field(default=(), description="placeholders that `to` lacks: their members become a list, in numeric order")
-    where: Number | None = Field(None, description="an expression over captures; names for which it does not hold are left alone")
+    source: Patterns = field(name="from")
+    gather: Annotated[Names, Meta(description="placeholders that `to` lacks: their members become a list, in numeric order")] = ()
+    where: Annotated[Number | None, Meta(description="an expression over captures; names for which it does not hold are left alone")] = None
     to: Templates
-    do: Acts = Field(default=(), description="transforms, in order")
+    do: Annotated[Acts, Meta(description="transforms, in order")] = ()
 
-    @model_validator(mode="after")
-    def _fits(self) -> Convert:
+    def __post_init__(self) -> None:
         shared = [sorted(name for name in pattern.names if name not in self.over) for pattern in self.source]
         for pattern, names in zip(self.source, shared, strict=True):
             if names != shared[0]:
@@ -161,7 +160,6 @@ class Convert(Step):
         strange = next((name for name in self.gather if all(name not in pattern.names for pattern in self.source)), None)
         if strange is not None:
             raise Refusal(f"`gather: {strange}` is no placeholder of `from`", code="CK102")
-        return self
 
     @cached_property
     def mentions(self) -> frozenset[str]:

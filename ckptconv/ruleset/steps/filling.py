@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from msgspec import Meta, field
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.fields import Fields, Parsed
 from ckptconv.names import unusable
 from ckptconv.plan import Expr, Fill
 from ckptconv.ruleset.patterns import Pattern
@@ -16,17 +17,16 @@ from ckptconv.ruleset.steps.shaping import Numbers
 from ckptconv.spec import MAX_ELEMENTS, MAX_RANK, DType, TensorSpec
 
 
-class Normal(BaseModel):
+class Normal(Fields, frozen=True):
     """Seeded normal numbers: the same on every machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     std: float = 0.02
     seed: int = 0
 
 
 def _value(value: Any) -> Any:
     if isinstance(value, dict) and list(value) == ["normal"]:
-        return Normal.model_validate(value["normal"] or {})
+        return Normal.validated(value["normal"] or {})
     if value in ("zeros", "ones", "arange", "normal"):
         return Normal() if value == "normal" else value
     if isinstance(value, (bool, int, float)):
@@ -36,8 +36,7 @@ def _value(value: Any) -> Any:
 
 FillValue = Annotated[
     Union[Normal, Literal["zeros", "ones", "arange"], bool, int, float],
-    PlainValidator(_value),
-    WithJsonSchema({"anyOf": [
+    Parsed(_value, {"anyOf": [
         {"enum": ["zeros", "ones", "arange", "normal"]}, {"type": ["number", "boolean"]},
         {"type": "object", "additionalProperties": False, "required": ["normal"], "properties": {"normal": {
             "type": "object", "additionalProperties": False,
@@ -47,11 +46,11 @@ FillValue = Annotated[
 ]  # fmt: skip
 
 
-class FillStep(Step):
+class FillStep(Step, frozen=True, kw_only=True):
     """A tensor that no source has: zeros, ones, arange, a constant, or seeded normal numbers. ``for`` makes one per matching name."""
 
     op: ClassVar[str] = "fill"
-    each: PatternField | None = Field(None, alias="for", description="one tensor for each name that matches")
+    each: Annotated[PatternField | None, Meta(description="one tensor for each name that matches")] = field(default=None, name="for")
     to: TemplateField
     shape: Numbers
     dtype: DTypeField = DType.float32

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from msgspec import Meta, field
 
 from ckptconv.errors import Refusal
 from ckptconv.plan import Expr, apply
@@ -27,37 +27,29 @@ from ckptconv.ruleset.steps.base import (
     with_captures,
 )  # fmt: skip
 from ckptconv.ruleset.steps.fan import fan_out, grouped
-from ckptconv.ruleset.steps.shaping import WITH_AXES, axis_of, check_axes
+from ckptconv.ruleset.steps.shaping import Axes, axis_of, check_axes
 from ckptconv.transforms import Concat, Rearrange, Slice
 from ckptconv.transforms.sugar import insert_axis, open_layout, remove_axis
 
 MAX_PARTS = 100_000  #: of one tensor that is unstacked
 
 
-class AlongStep(Step):
+class AlongStep(Step, frozen=True, kw_only=True):
     """What split and concat share: an axis by its number, or by its name in a `layout` whose other sizes stand beside it."""
 
-    model_config = WITH_AXES
-    __pydantic_extra__: dict[str, Number]
+    axes: Axes = field(default_factory=dict)
     dim: int = 0
-    layout: str | None = Field(None, description="einops notation of the fused tensor: '(g n d) ...'")
-    along: str | None = Field(None, description="the axis of `layout` that is cut or joined")
+    layout: Annotated[str | None, Meta(description="einops notation of the fused tensor: '(g n d) ...'")] = None
+    along: Annotated[str | None, Meta(description="the axis of `layout` that is cut or joined")] = None
 
-    @model_validator(mode="after")
-    def _axes_are_named(self) -> AlongStep:
+    def __post_init__(self) -> None:
         if (self.layout is None) != (self.along is None):
             raise Refusal(f"{self.op} wants layout and along together, or dim", code="CK102")
         if self.layout is None or self.along is None:
-            check_axes(self.axes, "", ", ".join(name for name in type(self).model_fields))
+            check_axes(self.axes, "", ", ".join(self.written_names()))
         else:
             check_axes(self.axes, self.layout, f"the axes of {self.layout!r}")
             open_layout(self.layout, self.along)
-        return self
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        """Axis name -> size, as expressions."""
-        return dict(self.__pydantic_extra__ or {})
 
     def opened(self, expr: Expr, lookup: Lookup, size: int | None = None) -> tuple[Expr, int]:
         """The tensor with the named axis on its own, and which one it is. ``size`` is that axis', where nothing else says it."""
@@ -76,23 +68,22 @@ class AlongStep(Step):
         return apply(Rearrange(pattern=open_layout(self.layout, self.along).closed), expr)
 
 
-class Split(AlongStep):
+class Split(AlongStep, frozen=True):
     """One tensor becomes several, along an axis: equal parts, or `sizes`."""
 
     op: ClassVar[str] = "split"
-    source: Patterns = Field(alias="from")
-    to: Templates = Field(description="one name per part; {x:q|k|v} stands for three")
-    sizes: Annotated[tuple[Number, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)] | None = None
+    source: Patterns = field(name="from")
+    to: Annotated[Templates, Meta(description="one name per part; {x:q|k|v} stands for three")]
+    sizes: tuple[Number, ...] | None = None
 
-    @model_validator(mode="after")
-    def _parts(self) -> Split:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for pattern in self.source:
             count = len(list(fan_out(self.to, pattern.names)))
             if self.sizes is not None and len(self.sizes) != count:
                 raise Refusal(f"{len(self.sizes)} sizes for {count} names", code="CK102")
             if count < 2:
                 raise Refusal("split wants at least two names in `to`", code="CK102", try_="rename, or slice, for one")
-        return self
 
     def matched(self) -> Sequence[Pattern]:
         return self.source
@@ -140,19 +131,20 @@ class Split(AlongStep):
         return parts
 
 
-class ConcatStep(AlongStep):
+class ConcatStep(AlongStep, frozen=True):
     """Several tensors become one, along an axis, in the order written."""
 
     op: ClassVar[str] = "concat"
-    source: Patterns = Field(alias="from", description="the pieces in order; {x:q|k|v}, where `to` lacks x, stands for three")
+    source: Annotated[Patterns, Meta(description="the pieces in order; {x:q|k|v}, where `to` lacks x, stands for three")] = field(
+        name="from"
+    )
     to: TemplateField
 
-    @model_validator(mode="after")
-    def _same_placeholders(self) -> ConcatStep:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _check_groups(self.source, self.over)
         if len(self.source) < 2 and not self.over:
             raise Refusal("concat wants several pieces: a list in `from`, or a placeholder that `to` lacks", code="CK102")
-        return self
 
     @property
     def over(self) -> tuple[str, ...]:
@@ -171,22 +163,20 @@ class ConcatStep(AlongStep):
         return self.closed(apply(Concat(axis=opened[0][1]), *(piece for piece, _ in opened)))
 
 
-class Stack(Step):
+class Stack(Step, frozen=True):
     """Tensors of one shape become one with an axis more, over a placeholder, in its numeric order."""
 
     op: ClassVar[str] = "stack"
-    source: PatternField = Field(alias="from")
-    over: str = Field(description="the placeholder that becomes the axis")
+    source: PatternField = field(name="from")
+    over: Annotated[str, Meta(description="the placeholder that becomes the axis")]
     to: TemplateField
-    dim: int = Field(0, description="where the new axis goes")
+    dim: Annotated[int, Meta(description="where the new axis goes")] = 0
 
-    @model_validator(mode="after")
-    def _over_is_there(self) -> Stack:
+    def __post_init__(self) -> None:
         if self.over not in self.source.names:
             raise Refusal(f"`over: {self.over}` is no placeholder of {self.source.text!r}", code="CK102")
         if self.over in self.to.mentions:
             raise Refusal(f"{self.to.text!r} must not use {{{self.over}}}: it is stacked away", code="CK102")
-        return self
 
     def matched(self) -> Sequence[Pattern]:
         return (self.source,)
@@ -205,23 +195,21 @@ class Stack(Step):
         )
 
 
-class Unstack(Step):
+class Unstack(Step, frozen=True):
     """One tensor becomes one per index of an axis, which goes away; `{over}` in `to` counts from 0."""
 
     op: ClassVar[str] = "unstack"
-    source: Patterns = Field(alias="from")
-    over: str = Field(description="the placeholder of `to` that counts the parts")
+    source: Patterns = field(name="from")
+    over: Annotated[str, Meta(description="the placeholder of `to` that counts the parts")]
     to: TemplateField
     dim: int = 0
 
-    @model_validator(mode="after")
-    def _over_is_there(self) -> Unstack:
+    def __post_init__(self) -> None:
         if self.over not in self.to.mentions:
             raise Refusal(f"{self.to.text!r} does not use {{{self.over}}}, so all parts would have one name", code="CK102")
         taken = next((pattern for pattern in self.source if self.over in pattern.names), None)
         if taken is not None:
             raise Refusal(f"`over: {self.over}` is a placeholder of {taken.text!r} already", code="CK102")
-        return self
 
     def matched(self) -> Sequence[Pattern]:
         return self.source

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator, model_validator
+from msgspec import Meta
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.fields import Parsed
 from ckptconv.names import collapse
 from ckptconv.ruleset.patterns import Pattern, Template
 from ckptconv.ruleset.steps.base import (
@@ -32,7 +33,7 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(items)
 
 
-Texts = Annotated[tuple[str, ...], PlainValidator(_texts), one_or_many({"type": "string", "minLength": 1})]
+Texts = Annotated[tuple[str, ...], Parsed(_texts, one_or_many({"type": "string", "minLength": 1}))]
 
 
 def _renamed(table: Table, new_names: dict[str, str], context: Context) -> Table:
@@ -42,13 +43,15 @@ def _renamed(table: Table, new_names: dict[str, str], context: Context) -> Table
     return replaced(table, results, context)
 
 
-class StripPrefix(Step):
+class StripPrefix(Step, frozen=True):
     """Takes a prefix off the names, if all of them carry it."""
 
     op: ClassVar[str] = "strip_prefix"
-    prefix: Texts = Field(description="the prefix, with its dot; of a list, whichever all names carry")
-    where: Literal["all", "some"] = Field("all", description="some: names without the prefix stay as they are")
-    repeat: bool = Field(False, description="again and again, as long as all names carry one of the prefixes (wrappers in any order)")
+    prefix: Annotated[Texts, Meta(description="the prefix, with its dot; of a list, whichever all names carry")]
+    where: Annotated[Literal["all", "some"], Meta(description="some: names without the prefix stay as they are")] = "all"
+    repeat: Annotated[bool, Meta(description="again and again, as long as all names carry one of the prefixes (wrappers in any order)")] = (
+        False
+    )
 
     @classmethod
     def short(cls, value: Any) -> Any:
@@ -95,12 +98,12 @@ class StripPrefix(Step):
         )  # fmt: skip
 
 
-class AddPrefix(Step):
+class AddPrefix(Step, frozen=True):
     """Puts a prefix before the names."""
 
     op: ClassVar[str] = "add_prefix"
-    prefix: str = Field(min_length=1, description="the prefix, with its dot")
-    keys: Patterns = Field(default=(Pattern.parse("**"),), description="which names; all, where nothing is said")
+    prefix: Annotated[str, Meta(min_length=1, description="the prefix, with its dot")]
+    keys: Annotated[Patterns, Meta(description="which names; all, where nothing is said")] = (Pattern.parse("**"),)
 
     @classmethod
     def short(cls, value: Any) -> Any:
@@ -113,11 +116,11 @@ class AddPrefix(Step):
         return _renamed(table, {name: self.prefix + name for name, _, _ in self.claims(table, context)}, context)
 
 
-class StripInfix(Step):
+class StripInfix(Step, frozen=True):
     """Takes wrapper segments out of the names, wherever they stand (``_fsdp_wrapped_module``)."""
 
     op: ClassVar[str] = "strip_infix"
-    infix: Texts = Field(description="whole segments, without dots around them")
+    infix: Annotated[Texts, Meta(description="whole segments, without dots around them")]
 
     @classmethod
     def short(cls, value: Any) -> Any:
@@ -145,11 +148,11 @@ class StripInfix(Step):
         return _renamed(table, new_names, context)
 
 
-class Rename(Step):
+class Rename(Step, frozen=True):
     """A table of pattern -> template. All entries match at once, so swapping two names works and chains cannot happen."""
 
     op: ClassVar[str] = "rename"
-    table: dict[str, str] = Field(min_length=1, description="pattern: template")
+    table: Annotated[dict[str, str], Meta(min_length=1, description="pattern: template")]
 
     @classmethod
     def short(cls, value: Any) -> Any:
@@ -161,8 +164,7 @@ class Rename(Step):
             return {"table": dict.fromkeys(sources, value["to"]), **rest}
         return {"table": value}
 
-    @model_validator(mode="after")
-    def _parsed(self) -> Rename:
+    def __post_init__(self) -> None:
         problems = []
         for pattern, template in self.entries:
             fan = template.fan(pattern.names)
@@ -170,7 +172,6 @@ class Rename(Step):
                 problems.append(f"{template.text!r} stands for several names ({fan[0].name!r} is not in {pattern.text!r})")
         if problems:
             raise Refusal("; ".join(problems), code="CK103", try_="split, unstack or copy give several names")
-        return self
 
     @cached_property
     def entries(self) -> tuple[tuple[PatternField, TemplateField], ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from msgspec import Meta
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.fields import Parsed
 from ckptconv.plan import Expr, Fill, apply
 from ckptconv.ruleset.expressions import Lookup
 from ckptconv.ruleset.steps.base import Number, integer
@@ -19,15 +20,17 @@ from ckptconv.transforms.resize import grid_of
 MAX_EXTRA = 16
 
 
-class ResizeStep(MapStep):
+class ResizeStep(MapStep, frozen=True):
     """Position embeddings at another resolution: a line, a grid of patches with prefix tokens, or a table of relative positions."""
 
     op: ClassVar[str] = "resize"
-    size: Annotated[Numbers, Field(min_length=1, max_length=2)] = Field(description="[n] for a line, [rows, columns] for a grid")
-    grid: Numbers | None = Field(None, description="the size that is there; a square, where nothing is said")
-    prefix: Number | None = Field(None, description="tokens before the positions (class, registers); found, where nothing is said")
-    suffix: Number | None = Field(None, description="entries after the positions (BEiT's relative table has 3)")
-    dim: int | None = Field(None, description="the axis of positions; the last but one, where nothing is said")
+    size: Annotated[Numbers, Meta(min_length=1, max_length=2, description="[n] for a line, [rows, columns] for a grid")]
+    grid: Annotated[Numbers | None, Meta(description="the size that is there; a square, where nothing is said")] = None
+    prefix: Annotated[Number | None, Meta(description="tokens before the positions (class, registers); found, where nothing is said")] = (
+        None
+    )
+    suffix: Annotated[Number | None, Meta(description="entries after the positions (BEiT's relative table has 3)")] = None
+    dim: Annotated[int | None, Meta(description="the axis of positions; the last but one, where nothing is said")] = None
     mode: Literal["bicubic", "bilinear", "linear", "nearest"] = "bicubic"
     antialias: bool = True
 
@@ -63,14 +66,14 @@ class ResizeStep(MapStep):
         return found[0]
 
 
-class AdaptChannels(MapStep):
+class AdaptChannels(MapStep, frozen=True):
     """The first convolution for another number of input channels: summed, averaged, or repeated and scaled so that the sum stays."""
 
     op: ClassVar[str] = "adapt_channels"
-    channels: Number = Field(description="how many there shall be")
-    how: Literal["sum", "mean", "repeat"] = Field(
-        "sum", description="sum and mean give one channel, each with the same value if more are wanted"
-    )
+    channels: Annotated[Number, Meta(description="how many there shall be")]
+    how: Annotated[
+        Literal["sum", "mean", "repeat"], Meta(description="sum and mean give one channel, each with the same value if more are wanted")
+    ] = "sum"
     dim: int = 1
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:
@@ -93,25 +96,22 @@ def _class_map(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-ClassMap = Annotated[
-    tuple[int, ...], PlainValidator(_class_map), WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": -1}})
-]
+ClassMap = Annotated[tuple[int, ...], Parsed(_class_map, {"type": "array", "items": {"type": "integer", "minimum": -1}})]
 
 
-class ResizeRows(MapStep):
+class ResizeRows(MapStep, frozen=True):
     """Classes or vocabulary: the first rows kept, cut, or filled up; `class_map` names the old row of every new one."""
 
     op: ClassVar[str] = "resize_rows"
-    rows: Number | None = Field(None, description="how many there shall be")
-    class_map: ClassMap | None = Field(None, description="the old row for every new one, -1 for a new one")
-    value: FillValue = Field("zeros", description="of rows that are new")
+    rows: Annotated[Number | None, Meta(description="how many there shall be")] = None
+    class_map: Annotated[ClassMap | None, Meta(description="the old row for every new one, -1 for a new one")] = None
+    value: Annotated[FillValue, Meta(description="of rows that are new")] = "zeros"
     dim: int = 0
 
-    @model_validator(mode="after")
-    def _one_way(self) -> ResizeRows:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.rows is None) == (self.class_map is None):
             raise Refusal("resize_rows wants either rows or class_map", code="CK102")
-        return self
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:
         axis = axis_of(self.dim, expr)

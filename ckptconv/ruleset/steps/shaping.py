@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from msgspec import Meta, field
 
 from ckptconv.errors import Refusal, printable
+from ckptconv.fields import Rest
 from ckptconv.plan import Expr, apply
 from ckptconv.ruleset.expressions import Lookup
 from ckptconv.ruleset.patterns import Pattern
@@ -28,14 +29,11 @@ from ckptconv.ruleset.steps.base import (
 )  # fmt: skip
 from ckptconv.transforms import Affine, Cast, Index, Pad, Rearrange, Repeat, Reshape, Slice
 
-Numbers = Annotated[tuple[Number, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+Numbers = tuple[Number, ...]
 
 
-#: For steps that take the sizes of named axes as fields of their own.
-WITH_AXES = ConfigDict(
-    frozen=True, extra="allow", arbitrary_types_allowed=True, populate_by_name=True, strict=True,
-    json_schema_extra={"additionalProperties": {"type": ["integer", "string"], "description": "size of a named axis"}},
-)  # fmt: skip
+#: Axis name -> size, which a person writes as fields of their own beside the others.
+Axes = Annotated[dict[str, Number], Rest({"type": ["integer", "string"], "description": "size of a named axis"})]
 
 
 def check_axes(given: Iterable[str], pattern: str, known: str) -> None:
@@ -47,22 +45,20 @@ def check_axes(given: Iterable[str], pattern: str, known: str) -> None:
         raise Refusal(what, code="CK102", try_=f"fields: {known}")
 
 
-class MapStep(Step):
+class MapStep(Step, frozen=True, kw_only=True):
     """A step whose result has one tensor for each tensor that it matches."""
 
-    keys: Patterns | None = Field(None, description="in place: the names stay")
-    source: Patterns | None = Field(None, alias="from", description="under a new name, given by `to`")
+    keys: Annotated[Patterns | None, Meta(description="in place: the names stay")] = None
+    source: Annotated[Patterns | None, Meta(description="under a new name, given by `to`")] = field(default=None, name="from")
     to: TemplateField | None = None
 
-    @model_validator(mode="after")
-    def _one_form(self) -> MapStep:
+    def __post_init__(self) -> None:
         if (self.keys is None) == (self.source is None) or (self.source is None) != (self.to is None):
             raise Refusal(f"{self.op} wants either keys, or from and to", code="CK102")
         if self.to is not None:
             for pattern in self.source or ():
                 if self.to.fan(pattern.names):
                     raise Refusal(f"{self.op} gives one tensor; {self.to.text!r} stands for several", code="CK103")
-        return self
 
     def matched(self) -> Sequence[Pattern]:
         return self.keys or self.source or ()
@@ -87,46 +83,39 @@ class MapStep(Step):
         """The new expression. Raises :class:`~ckptconv.errors.Refusal` where it does not fit."""
 
 
-class ReshapeStep(MapStep):
+class ReshapeStep(MapStep, frozen=True):
     """Other sizes, the same elements in the same order."""
 
     op: ClassVar[str] = "reshape"
-    shape: Numbers = Field(description="sizes; -1 once, for what remains")
+    shape: Annotated[Numbers, Meta(description="sizes; -1 once, for what remains")]
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:
         return apply(Reshape(shape=tuple(integer(size, lookup, "a size", -1) for size in self.shape)), expr)
 
 
-class RearrangeStep(MapStep):
+class RearrangeStep(MapStep, frozen=True):
     """An einops pattern: transpose, permute, squeeze, rotary layouts, interleaving. Sizes of named axes stand beside the pattern."""
 
     op: ClassVar[str] = "rearrange"
-    model_config = WITH_AXES
-    __pydantic_extra__: dict[str, Number]
-    pattern: str = Field(min_length=1, description="einops notation: '(h d two) ... -> (h two d) ...'")
+    pattern: Annotated[str, Meta(min_length=1, description="einops notation: '(h d two) ... -> (h two d) ...'")]
+    sizes: Axes = field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _axes_are_named(self) -> RearrangeStep:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_axes(self.sizes, self.pattern, "keys, from, to, pattern, and the axes")
-        return self
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Axis name -> size, as expressions."""
-        return dict(self.__pydantic_extra__ or {})
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:
         sizes = tuple((name, integer(size, lookup, f"axis {name}", 1)) for name, size in self.sizes.items())
         return apply(Rearrange(pattern=self.pattern, sizes=sizes), expr)
 
 
-class SliceStep(MapStep):
+class SliceStep(MapStep, frozen=True):
     """Some rows (columns, …) of a tensor."""
 
     op: ClassVar[str] = "slice"
     dim: int = 0
-    start: Number | None = Field(None, description="first index; from the end if negative")
-    stop: Number | None = Field(None, description="index after the last; from the end if negative")
+    start: Annotated[Number | None, Meta(description="first index; from the end if negative")] = None
+    stop: Annotated[Number | None, Meta(description="index after the last; from the end if negative")] = None
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:
         axis = axis_of(self.dim, expr)
@@ -139,13 +128,13 @@ class SliceStep(MapStep):
         return apply(Slice(axis=axis, start=start, stop=stop), expr)
 
 
-class CastStep(MapStep):
+class CastStep(MapStep, frozen=True):
     """Another dtype. A finite value that becomes infinite is an error, unless `overflow` says otherwise."""
 
     op: ClassVar[str] = "cast"
     dtype: DTypeField
     overflow: Literal["error", "saturate", "inf"] = "error"
-    of: DTypes | None = Field(None, description="only tensors of these dtypes; the others stay as they are")
+    of: Annotated[DTypes | None, Meta(description="only tensors of these dtypes; the others stay as they are")] = None
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:  # noqa: ARG002  (the same signature for all)
         if expr.spec.dtype == self.dtype or (self.of is not None and expr.spec.dtype not in self.of):
@@ -153,33 +142,32 @@ class CastStep(MapStep):
         return apply(Cast(dtype=self.dtype, overflow=self.overflow), expr)
 
 
-class IndexStep(MapStep):
+class IndexStep(MapStep, frozen=True, kw_only=True):
     """Elements of an axis in another order, or some of them: reordered blocks, a table of positions."""
 
     op: ClassVar[str] = "index"
     dim: int = 0
-    take: Numbers = Field(description="which indices, in order")
+    take: Annotated[Numbers, Meta(description="which indices, in order")]
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:
         axis = axis_of(self.dim, expr)
         return apply(Index(axis=axis, take=tuple(integer(at, lookup, "an index", 0) for at in self.take)), expr)
 
 
-class PadStep(MapStep):
+class PadStep(MapStep, frozen=True):
     """More elements along an axis: `before` and `after`, or `size` for how many it shall have in all."""
 
     op: ClassVar[str] = "pad"
     dim: int = 0
     before: Number | None = None
     after: Number | None = None
-    size: Number | None = Field(None, description="the axis' size afterwards; what is missing goes to its end")
+    size: Annotated[Number | None, Meta(description="the axis' size afterwards; what is missing goes to its end")] = None
     value: float = 0.0
 
-    @model_validator(mode="after")
-    def _one_way(self) -> PadStep:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.size is None) == (self.before is None and self.after is None):
             raise Refusal("pad wants either size, or before and after", code="CK102")
-        return self
 
     def build(self, expr: Expr, lookup: Lookup) -> Expr:
         axis = axis_of(self.dim, expr)
@@ -198,7 +186,7 @@ class PadStep(MapStep):
         return apply(Pad(axis=axis, before=before, after=after, value=self.value), expr)
 
 
-class RepeatStep(MapStep):
+class RepeatStep(MapStep, frozen=True, kw_only=True):
     """Every element of an axis several times: `a a b b` where interleaved (key and value heads), else `a b a b`."""
 
     op: ClassVar[str] = "repeat"
@@ -210,7 +198,7 @@ class RepeatStep(MapStep):
         return apply(Repeat(axis=axis_of(self.dim, expr), times=integer(self.times, lookup, "times", 1), interleave=self.interleave), expr)
 
 
-class AffineStep(MapStep):
+class AffineStep(MapStep, frozen=True):
     """`x * mul + add`, in float32 and rounded back; approximate, and said so."""
 
     op: ClassVar[str] = "affine"
