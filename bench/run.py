@@ -186,12 +186,18 @@ def verify(bench: Bench) -> None:
         f"run, --verify {label}": bench.run("dataparallel", source, "out.pth", "--force", "--quiet", "--no-sync", "--verify", level)
         for label, level in levels.items()
     }
+    # As people run it, with an fsync before the rename.
+    contenders |= {
+        f"durable run, --verify {label}": bench.run("dataparallel", source, "out.pth", "--force", "--quiet", "--verify", level)
+        for label, level in (("none", "none"), ("L1", "1"))
+    }
     contenders["building the model"] = [PYTHON, "-c", scripts.BUILD, str(model)]
     contenders["run, --verify L2"] = bench.run(
         "dataparallel", source, "out.pth", "--force", "--quiet", "--no-sync", "--verify", "2", "--target", f"hf:{model}"
     )
     bench.measure("verify", f"a rename of {bench.gigabytes:g} GiB", contenders, "run, --verify none", [
         Must("run, --verify L1", 1.4, "run, --verify none"),
+        Must("durable run, --verify L1", 1.4, "durable run, --verify none"),
     ])  # fmt: skip
     bench.clear()
 

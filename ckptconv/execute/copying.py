@@ -23,11 +23,11 @@ from ckptconv.execute.sources import Sources, checksum_mismatch
 BLOCK = 1 << 20
 #: Of one write, in bytes. Linux keeps what one call writes in one piece of memory where it can. In a virtual machine large pieces of free memory
 #: are often not there: the host took them back, and gives them again page by page, ten times slower than a copy. Small pieces are there.
-#: So each worker begins with large writes, and halves them when one takes longer than copying ever should.
+#: So each worker begins with large writes, and halves them when more than a few take longer than copying ever should.
 _WRITES = (1 << 17, 1 << 16, 1 << 15)
 _SMALL_WRITE = 1 << 16
 _SLOW = 1.2e-9  #: seconds a byte
-_NEAR = 4096  # small ranges with no more than this between them are read in one go
+_TOO_SLOW = 8  #: a slow block counts 2, a quick one takes 1 back: one that the scheduler interrupted says nothing
 
 
 class Piece(Struct, frozen=True):
@@ -156,6 +156,7 @@ class Copier:
         self._buffer = memoryview(bytearray(BLOCK))
         self._parts = [[self._buffer[at : at + nbytes] for at in range(0, BLOCK, nbytes)] for nbytes in _WRITES]
         self._span = memoryview(b"")
+        self._slow = 0
         self._clones, self._in_kernel = True, hasattr(os, "copy_file_range")  #: until the first time that it cannot be done
         self.found = Found()
         self.cloned_nbytes = self.kernel_nbytes = 0
@@ -176,42 +177,53 @@ class Copier:
         to = copy.destination
         for piece in copy.pieces:
             sums = self._sums(copy, piece)
-            wanted = [each for each in (sums, total) if each is not None] if copy.checked else []
+            wanted = [each.update for each in (sums, total) if each is not None] if copy.checked else []
             begin, end = self._cloned(piece, descriptor, to)
             for start, stop, is_there in ((0, begin, False), (begin, end, True), (end, piece.nbytes, False)):
                 if is_there and not copy.checked:
                     self._report(stop - start)
                     continue
                 begun = start if copy.checked else self._passed(piece, descriptor, to, start, stop)
-                with self._sources.reading(piece.file) as read:
-                    for at, nbytes in _aligned(to, begun, stop, BLOCK):
-                        if self._stop.is_set():
-                            return
-                        part = self._buffer[:nbytes]
-                        read(piece.offset + at, part)
-                        for each in wanted:
-                            each.update(part)
-                        if not is_there:
-                            self._write(descriptor, to + at, nbytes)
-                        self._report(nbytes)
+                if not self._through_buffer(piece, None if is_there else descriptor, to, begun, stop, wanted):
+                    return
             to += piece.nbytes
             self._note(copy, piece, sums)
         if total is not None:
             self.found.note(copy.output, total)
 
-    def _write(self, descriptor: int, offset: int, nbytes: int) -> None:
-        """The first ``nbytes`` of the buffer. Whole blocks by parts cut once: workers wait for each other while they run Python."""
-        if nbytes < BLOCK:
-            write_at(descriptor, offset, self._buffer[:nbytes])
-            return
-        started = time.perf_counter()
-        for part in self._parts[0]:
-            done = os.pwrite(descriptor, part, offset)
-            if done < len(part):
-                write_at(descriptor, offset + done, part[done:])
-            offset += len(part)
-        if len(self._parts) > 1 and time.perf_counter() - started > _SLOW * nbytes:
-            del self._parts[0]
+    def _through_buffer(
+        self, piece: Piece, descriptor: int | None, to: int, start: int, stop: int, wanted: Sequence[Callable[[memoryview], None]]
+    ) -> bool:
+        """Reads the piece from ``start`` to ``stop``, shows it to ``wanted`` and writes it; False where another worker failed.
+
+        While this runs Python, which it does once for every MiB, the other workers wait: so it does little, and that itself.
+        """
+        buffer, parts, report, pwrite, clock = self._buffer, self._parts[0], self._report, os.pwrite, time.perf_counter
+        size, offset, slow = len(parts[0]), piece.offset, _SLOW * BLOCK
+        with self._sources.reading(piece.file) as read:
+            for at, nbytes in _aligned(to, start, stop, BLOCK):
+                if self._stop.is_set():
+                    return False
+                part = buffer if nbytes == BLOCK else buffer[:nbytes]
+                read(offset + at, part)
+                for update in wanted:
+                    update(part)
+                if descriptor is not None and nbytes < BLOCK:
+                    write_at(descriptor, to + at, part)
+                elif descriptor is not None:
+                    where, started = to + at, clock()
+                    for each in parts:
+                        done = pwrite(descriptor, each, where)
+                        if done < size:
+                            write_at(descriptor, where + done, each[done:])
+                        where += size
+                    self._slow = self._slow + 2 if clock() - started > slow else max(0, self._slow - 1)
+                    if self._slow >= _TOO_SLOW and len(self._parts) > 1:
+                        self._slow = 0
+                        del self._parts[0]
+                        parts, size = self._parts[0], len(self._parts[0][0])
+                report(nbytes)
+        return True
 
     def _cloned(self, piece: Piece, descriptor: int, to: int) -> tuple[int, int]:
         """The part of the piece that need not be copied, because the filesystem shares it."""
@@ -250,7 +262,9 @@ class Copier:
 
     def _gathered(self, batch: Sequence[Copy], descriptor: int) -> None:
         """Small ranges: read in one go where they lie close together, written together where their destinations touch."""
-        pieces = self._read([piece for copy in batch for piece in copy.pieces])
+        if not self._span:
+            self._span = memoryview(bytearray(BLOCK))
+        pieces = self._sources.read_near(((piece.file, piece.offset, piece.nbytes) for copy in batch for piece in copy.pieces), self._span)
         start, filled = batch[0].destination, 0
         for copy in batch:
             if start + filled != copy.destination:
@@ -284,29 +298,6 @@ class Copier:
             self.found.tensors[piece.tensor] = sums.digest
         if len(copy.pieces) == 1 and copy.checked:
             self.found.note(copy.output, sums)
-
-    def _read(self, pieces: Sequence[Piece]) -> Iterator[memoryview]:
-        """The bytes of each, good until the next are asked for."""
-        if not self._span:
-            self._span = memoryview(bytearray(BLOCK))
-        near: list[Piece] = []
-        for piece in pieces:
-            if near and not (
-                piece.file == near[0].file
-                and 0 <= piece.offset - (near[-1].offset + near[-1].nbytes) <= _NEAR
-                and piece.offset + piece.nbytes - near[0].offset <= BLOCK
-            ):
-                yield from self._read_near(near)
-                near = []
-            near.append(piece)
-        yield from self._read_near(near)
-
-    def _read_near(self, near: Sequence[Piece]) -> Iterator[memoryview]:
-        first, last = near[0].offset, near[-1].offset + near[-1].nbytes
-        span = self._span[: last - first]
-        self._sources.read_into(near[0].file, first, span)
-        for piece in near:
-            yield span[piece.offset - first : piece.offset - first + piece.nbytes]
 
 
 def write_at(descriptor: int, offset: int, data: memoryview | bytes) -> None:

@@ -59,7 +59,7 @@ class Worker(Struct):
 class Crew:
     """Runs tasks on ``threads`` workers, in their order, never more at once than fit into ``budget`` bytes."""
 
-    def __init__(self, threads: int, tell: Callable[[int], None], budget: int) -> None:
+    def __init__(self, threads: int, tell: Callable[[int], None] | None, budget: int) -> None:
         self._threads, self._tell, self._free = threads, tell, budget
         self._lock = threading.Condition()
         self._running = 0
@@ -69,8 +69,9 @@ class Crew:
 
     def tell(self, nbytes: int) -> None:
         """Progress, from any worker."""
-        with self._lock:
-            self._tell(nbytes)
+        if self._tell is not None:
+            with self._lock:
+                self._tell(nbytes)
 
     def run(self, tasks: Iterable[Task]) -> tuple[Worker, ...]:
         """Does every task, or raises what the first one that failed raised, once all workers have ended."""

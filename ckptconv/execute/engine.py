@@ -141,7 +141,7 @@ def fill(
             # The largest islands first: the last worker to finish then has a small one.
             tasks += sorted(computes, key=lambda task: -task.peak_nbytes)
         sources.announce(_needs(tasks, everything))
-        workers = Crew(threads, progress or (lambda _: None), budget).run(tasks)
+        workers = Crew(threads, progress, budget).run(tasks)
     for name, value in seen.crc32.items():
         crc32[where[name][0]].setdefault(name, value)
     return Receipt(

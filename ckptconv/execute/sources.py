@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ALIGNMENT = 64
+_NEAR = 4096  # small ranges with no more than this between them are read in one go
+
+
+Range = tuple[int, int, int]  #: number of the file, offset and length in bytes
 
 
 class Sources:
@@ -83,7 +87,7 @@ class Sources:
         """True for a placeholder: what is read of it must arrive first."""
         return presence.keeper_of(self.files[file]) is not None
 
-    def announce(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+    def announce(self, ranges: Iterable[Range]) -> None:
         """What will be read, as (file, offset, length), in this order. Costs nothing where everything is here."""
         presence.announce((self.files[file], offset, nbytes) for file, offset, nbytes in ranges)
 
@@ -96,19 +100,44 @@ class Sources:
     def reading(self, file: int) -> Iterator[Callable[[int, memoryview], None]]:
         """What :meth:`read_into` does, for many ranges of one file: a function of offset and buffer. The file stays open meanwhile."""
         with self.descriptors.use(file) as descriptor:
-            yield partial(self._read, file, descriptor)
+            yield partial(self._read_here if presence.keeper_of(descriptor) is None else self._read, file, descriptor)
 
     def _read(self, file: int, descriptor: int, offset: int, buffer: memoryview) -> None:
         for at, nbytes in presence.arriving(descriptor, offset, len(buffer)):
-            done, end = at - offset, at - offset + nbytes
-            while done < end:
-                try:
-                    count = os.preadv(descriptor, [buffer[done:end]], offset + done)
-                except OSError as error:
-                    raise _unreadable(self.files[file], "read", error) from None
+            self._read_here(file, descriptor, at, buffer[at - offset : at - offset + nbytes])
+
+    def _read_here(self, file: int, descriptor: int, offset: int, buffer: memoryview) -> None:
+        try:
+            done = os.preadv(descriptor, [buffer], offset)
+            while done < len(buffer):
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
                 if not count:
                     raise _changed(self.files[file])
                 done += count
+        except OSError as error:
+            raise _unreadable(self.files[file], "read", error) from None
+
+    def read_near(self, ranges: Iterable[Range], buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes of each range, good until the next are asked for. Those that lie close together are read in one go.
+
+        None may be larger than the buffer.
+        """
+        near: list[Range] = []
+        for file, offset, nbytes in ranges:
+            if near and not (
+                file == near[0][0] and 0 <= offset - (near[-1][1] + near[-1][2]) <= _NEAR and offset + nbytes - near[0][1] <= len(buffer)
+            ):
+                yield from self._read_at_once(near, buffer)
+                near = []
+            near.append((file, offset, nbytes))
+        if near:
+            yield from self._read_at_once(near, buffer)
+
+    def _read_at_once(self, near: Sequence[Range], buffer: memoryview) -> Iterator[memoryview]:
+        first, last = near[0][1], near[-1][1] + near[-1][2]
+        self.read_into(near[0][0], first, buffer[: last - first])
+        for _, offset, nbytes in near:
+            yield buffer[offset - first : offset - first + nbytes]
 
     def read_tensor(self, placed: Placed) -> Tensor:
         """The tensor, contiguous, in memory of its own."""

@@ -314,6 +314,7 @@ def _evidence(
     return Evidence(
         files=files, read=lambda: formats.read(written), format=shape.format, plan=prepared.plan,
         source=prepared.source.placed, source_files=prepared.source.files, source_digests=digests, computed=receipt.digests,
+        crc32={name: crc for slots in receipt.crc32.values() for name, crc in slots.items()},
         target=prepared.target, wanted=prepared.wanted, builder=prepared.builder, allow=prepared.allow, container=container,
         timeout=options.timeout, threads=options.threads, parity=parity, progress=progress,
         moments=None if carried is None else lambda contents: carried.read_back(contents, folder),

@@ -44,6 +44,7 @@ class Evidence(Struct, frozen=True):
     source_files: Sequence[Path] = ()
     source_digests: Mapping[str, str] = field(default_factory=dict)  #: of the source's tensors; empty: not taken
     computed: Mapping[str, str] = field(default_factory=dict)  #: digests of outputs, from when they were computed or copied
+    crc32: Mapping[str, int] = field(default_factory=dict)  #: and the CRC-32s of the same bytes
     target: Target | None = None
     wanted: Manifest | None = None
     builder: Builder | None = None  #: of the target, with the model that told what is wanted
@@ -89,7 +90,9 @@ class _Climb:
                 moments, self.written_files = evidence.moments(contents)
                 self.placed.update(moments)
             with Sources(self.written_files) as opened:
-                self.digests = digest_tensors(opened, self.placed, threads=evidence.threads, progress=evidence.progress)
+                self.digests = digest_tensors(
+                    opened, self.placed, threads=evidence.threads, checked=self._known_crc32(), progress=evidence.progress
+                )
         except Refusal as refusal:
             return _failed(0, "the written optimizer differs from the plan", [refusal.at(str(evidence.files[0]))])
         except InputError as error:
@@ -108,6 +111,15 @@ class _Climb:
             return _failed(0, "the written output differs from the plan", problems)
         against = ", bytes equal to the source or to what was computed" if evidence.source_digests else ""
         return Rung(0, "passed", f"{len(self.digests):,} tensors read back, digests match{against}")
+
+    def _known_crc32(self) -> set[tuple[int, int]]:
+        """Storages whose recorded CRC-32 is that of the bytes which their digests will be compared with: equal digests prove both."""
+        evidence = self.evidence
+        if evidence.plan is None:
+            return set()
+        names = [output.name for output in evidence.plan.stored if output.name in evidence.computed and output.name in self.placed]
+        storages = {name: self.placed[name].storage for name in names}
+        return {(each.file, each.offset) for name, each in storages.items() if each.crc32 == evidence.crc32.get(name, -1)}
 
     def _ranges(self, plan: Plan) -> dict[str, str]:
         """Digests, from the source, of outputs that are ranges of its bytes, where they were not taken when these were copied."""

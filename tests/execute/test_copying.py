@@ -299,20 +299,21 @@ def test_v_says_what_each_worker_did_and_by_which_path(checkpoint):
     assert re.search(rf"^  worker 1: ({path}), [0-9]+\.[0-9]{{2}} s$", done.output, re.MULTILINE), done.output
 
 
-@pytest.mark.parametrize(("seconds", "least"), [(0.0, 1 << 17), (0.001, 1 << 15)])
-def test_writes_get_smaller_where_they_are_slow_and_begin_at_multiples_of_their_size(seconds, least, tmp_path, monkeypatch):
-    data = os.urandom(5 * BLOCK + 5)
+@pytest.mark.parametrize(("seconds", "often", "least"), [(0.0, 1, 1 << 17), (0.001, 1, 1 << 15), (0.05, 40, 1 << 17)])
+def test_writes_get_smaller_where_they_are_slow_and_begin_at_multiples_of_their_size(seconds, often, least, tmp_path, monkeypatch):
+    """Where most of them are: a program that is interrupted now and then goes on as before."""
+    data = os.urandom(12 * BLOCK + 5)
     (tmp_path / "in").write_bytes(data)
     written = []
     real = os.pwrite
 
     def counted(descriptor, part, offset):
-        time.sleep(seconds)
+        time.sleep(0 if len(written) % often else seconds)
         done = real(descriptor, part[: 4096 if len(written) == 20 else None], offset)  # one of them short
         written.append((offset, done))
         return done
 
-    monkeypatch.setattr(copying, "_SLOW", 1.2e-9 if seconds else 1)
+    monkeypatch.setattr(copying, "_SLOW", 7e-9 if seconds else 1)  # 7 ms for a MiB, of 8, 16 or 32 writes
     monkeypatch.setattr(copying.os, "pwrite", counted)
     descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     with Sources([tmp_path / "in"]) as sources:
