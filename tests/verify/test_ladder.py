@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from ckptconv import api
+from ckptconv.errors import FitError
+from ckptconv.stage import producing
 from ckptconv.verify.values import multiset_checksum
 
 
@@ -43,6 +46,35 @@ def test_each_fault_is_found_on_its_rung(done, change, level, word):
     assert ladder.failed is not None
     assert ladder.failed.level == level
     assert any(word in problem.what for problem in ladder.failed.problems)
+
+
+def a_flipped_bit(layouts, receipt, metadata, folder, real):
+    real(layouts, receipt, metadata, folder)
+    path = folder / layouts[0].name
+    data = bytearray(path.read_bytes())
+    data[layouts[0].slots["norm"].offset + 2] ^= 1
+    path.write_bytes(data)
+
+
+def a_wrong_checksum(layouts, receipt, metadata, folder, real):
+    lies = {file: {name: crc ^ (name == "norm") for name, crc in slots.items()} for file, slots in receipt.crc32.items()}
+    real(layouts, replace(receipt, crc32=lies), metadata, folder)
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        (a_flipped_bit, "norm: the bytes in the file are not those of the plan"),
+        (a_wrong_checksum, "norm: the checksum that the file records does not match its bytes"),
+    ],
+)
+def test_a_fault_between_writing_and_reading_back_is_found(done, monkeypatch, fault, word):
+    real = producing.seal_all
+    monkeypatch.setattr(producing, "seal_all", lambda *arguments: fault(*arguments, real))
+    with pytest.raises(FitError) as error:
+        api.run(done / "r.yaml", done / "in.pth", done / "new.pth")
+    assert [problem.what for problem in error.value.problems] == [word]
+    assert not (done / "new.pth").exists()
 
 
 def test_a_good_file_is_proved_again(done):
