@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from msgspec import NODEFAULT, Meta, Struct
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
@@ -60,7 +60,8 @@ class Fields(Struct, frozen=True):
     @classmethod
     def validated(cls: type[_F], data: Any) -> _F:
         """The object that ``data`` says. Raises ``pydantic_core.ValidationError`` (a ``ValueError``) with everything that is wrong."""
-        return _validator(cls).validate_python(data)  # type: ignore[no-any-return]
+        made: _F = _validator(cls).validate_python(data)
+        return made
 
     @classmethod
     def written_names(cls) -> tuple[str, ...]:
@@ -121,19 +122,25 @@ def schema_of(kind: Any) -> CoreSchema:
 
 def _annotated(kind: Any, notes: tuple[Any, ...]) -> CoreSchema:
     parsed = next((note for note in notes if isinstance(note, Parsed)), None)
-    schema: Any = schema_of(kind) if parsed is None else core_schema.no_info_plain_validator_function(parsed.parse)
-    if parsed is not None:
-        schema["metadata"] = {"schema": dict(parsed.schema)}
+    if parsed is None:
+        schema = schema_of(kind)
+    else:
+        schema = core_schema.no_info_plain_validator_function(parsed.parse, metadata={"schema": dict(parsed.schema)})
     for note in notes:
         if isinstance(note, Meta):
-            for limit, kinds in _LIMITS.items():
-                if getattr(note, limit) is not None:
-                    if schema["type"] not in kinds:
-                        raise TypeError(f"{limit} means nothing for {kind}")
-                    schema[limit] = getattr(note, limit)
+            schema = _limited(schema, kind, note)
         elif isinstance(note, Checked):
             schema = core_schema.no_info_after_validator_function(note.check, schema)
-    return schema  # type: ignore[no-any-return]
+    return schema
+
+
+def _limited(schema: CoreSchema, kind: Any, meta: Meta) -> CoreSchema:
+    """The schema with the constraints of ``meta``, which are the core's own, by the same names."""
+    limits = {limit: value for limit in _LIMITS if (value := getattr(meta, limit)) is not None}
+    for limit in limits:
+        if schema["type"] not in _LIMITS[limit]:
+            raise TypeError(f"{limit} means nothing for {kind}")
+    return cast("CoreSchema", {**schema, **limits})
 
 
 def _of_fields(kind: type[Fields]) -> CoreSchema:

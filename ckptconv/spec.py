@@ -203,7 +203,7 @@ class Manifest(Struct, frozen=True):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Manifest) and self.tensors == other.tensors and self.ties == other.ties
 
-    __hash__ = None  # type: ignore[assignment]  # said, because a mapping of tensors has none, and a reader should not look for one
+    __hash__ = None  # type: ignore[assignment]  # typeshed calls it a method; a manifest holds a mapping, and has none
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors

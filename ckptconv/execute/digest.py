@@ -98,6 +98,7 @@ class _Reading(Struct, frozen=True):
     def run(self, worker: Worker) -> None:
         buffer = worker.belongings.setdefault("buffer", memoryview(bytearray(_BLOCK)))
         assert isinstance(buffer, memoryview)
+        # The small ones first: what is read at once for several stays in the buffer until the last of them is digested.
         small = [item for item in self.items if item.is_small]
         near = self.sources.read_near((item.range for item in small), buffer)
         for item in [*small, *(item for item in self.items if not item.is_small)]:

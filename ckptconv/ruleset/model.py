@@ -23,14 +23,13 @@ from ckptconv.fields import Checked, Fields, Parsed
 from ckptconv.names import nearest
 from ckptconv.ruleset import steps, yamlfile
 from ckptconv.ruleset.expressions import parse as parse_expression
-from ckptconv.ruleset.steps.base import Condition, Patterns, Step, parse_dtype
+from ckptconv.ruleset.steps.base import MODIFIERS, Condition, Patterns, Step, parse_dtype
 from ckptconv.ruleset.steps.naming import Texts
 from ckptconv.ruleset.yamlfile import YamlFile
 from ckptconv.spec import DType, TensorSpec
 
 MAX_STEPS = 10_000
 MAX_INCLUDES = 8
-_MODIFIERS = ("when", "optional", "note")
 _VERSION = re.compile(r"(>=|<=|==|!=|<|>)\s*([0-9]+(?:\.[0-9]+){0,2})")
 
 
@@ -272,7 +271,7 @@ def _steps(document: YamlFile, items: Any, problems: list[Problem]) -> tuple[Rul
 def _step(document: YamlFile, at: int, item: Any, problems: list[Problem]) -> RuleStep | None:
     path: tuple[str | int, ...] = ("steps", at)
     where = document.where(path)
-    words = [key for key in item if key not in _MODIFIERS] if isinstance(item, dict) else []
+    words = [key for key in item if key not in MODIFIERS] if isinstance(item, dict) else []
     if len(words) != 1:
         problems.append(
             Problem("CK102", 'a step is one word with its fields, as in `- drop: ["head.{p}"]`', where=where, found=printable(item))
@@ -289,7 +288,7 @@ def _step(document: YamlFile, at: int, item: Any, problems: list[Problem]) -> Ru
         body = kind.short(item[op])
         if not isinstance(body, dict):
             raise Refusal(f"{op} wants its fields: {_field_names(kind)}", code="CK102", found=printable(body))
-        body = {**body, **{key: value for key, value in item.items() if key in _MODIFIERS}}
+        body = {**body, **{key: value for key, value in item.items() if key in MODIFIERS}}
         step = kind.validated(body)
     except Refusal as refusal:
         problems.append(refusal.at(document.where((*path, op))))
@@ -302,7 +301,7 @@ def _step(document: YamlFile, at: int, item: Any, problems: list[Problem]) -> Ru
 
 
 def _field_names(kind: type[Step]) -> str:
-    return ", ".join(name for name in kind.written_names() if name not in _MODIFIERS)
+    return ", ".join(name for name in kind.written_names() if name not in MODIFIERS)
 
 
 def explained(error: ValidationError, document: YamlFile, base: tuple[str | int, ...], known: Iterable[str]) -> list[Problem]:

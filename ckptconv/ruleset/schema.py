@@ -13,8 +13,7 @@ from ckptconv.ruleset import steps
 from ckptconv.ruleset.expressions import Node
 from ckptconv.ruleset.model import Header
 from ckptconv.ruleset.patterns import Pattern, Template
-
-_MODIFIERS = ("when", "optional", "note")
+from ckptconv.ruleset.steps.base import MODIFIERS
 
 
 class _Schema(GenerateJsonSchema):
@@ -54,7 +53,7 @@ def json_schema() -> dict[str, Any]:
     choices = []
     for op, kind in steps.ALL.items():
         fields = _Schema().generate(schema_of(kind))
-        modifiers = {name: fields["properties"][name] for name in _MODIFIERS}
+        modifiers = {name: fields["properties"][name] for name in MODIFIERS}
         body: dict[str, Any] = fields
         shorts = _short_forms(op)
         if op == "rename":

@@ -54,7 +54,8 @@ def _template(value: Any) -> Template:
     return Template.parse(value)
 
 
-def _expression(value: Any) -> expressions.Node:
+def number(value: Any) -> expressions.Node:
+    """An integer, or text that is an expression, as a rule file writes it. Refuses anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise Refusal("want an integer or an expression", code="CK104", found=printable(value))
     return expressions.parse(value) if isinstance(value, str) else expressions.Node("literal", value)
@@ -90,7 +91,7 @@ _TEXT = {"type": "string", "minLength": 1}
 _DTYPES = {"enum": [dtype.value for dtype in DType]}
 PatternField = Annotated[Pattern, Parsed(_pattern, _TEXT)]
 TemplateField = Annotated[Template, Parsed(_template, _TEXT)]
-Number = Annotated[expressions.Node, Parsed(_expression, {"type": ["integer", "string"]})]
+Number = Annotated[expressions.Node, Parsed(number, {"type": ["integer", "string"]})]
 Patterns = Annotated[tuple[Pattern, ...], Parsed(_many(_pattern), one_or_many(_TEXT))]
 Templates = Annotated[tuple[Template, ...], Parsed(_many(_template), one_or_many(_TEXT))]
 DTypeField = Annotated[DType, Parsed(parse_dtype, _DTYPES)]
@@ -299,6 +300,10 @@ class Step(Fields, frozen=True, kw_only=True, dict=True):
             "CK201", f"the step matched nothing: {printable(wanted)}", found=printable(shown) if have else "no names at all",
             try_=f"ckptconv inspect {context.source} --match '**', or add optional: true",
         )  # fmt: skip
+
+
+#: What a person may write beside any step.
+MODIFIERS = Step.written_names()
 
 
 def replaced(table: Table, results: Mapping[str, Sequence[tuple[str, Entry]]], context: Context) -> Table:

@@ -25,6 +25,7 @@ from ckptconv.ruleset.steps.base import (
     Table,
     Templates,
     integer,
+    number,
     rendered,
     replaced,
     with_captures,
@@ -106,13 +107,7 @@ def _split_fields(body: Any) -> tuple[int, tuple[expressions.Node, ...] | None, 
     dim, sizes, parts = fields.pop("dim", 0), fields.pop("sizes", None), fields.pop("parts", None)
     if fields or type(dim) is not int or (sizes is not None and (parts is not None or not isinstance(sizes, list) or not sizes)):
         raise Refusal("split takes dim, and sizes or parts", code="CK102", found=printable(body), try_="{split: {dim: 0, parts: 3}}")
-    return dim, None if sizes is None else tuple(map(_node, sizes)), None if parts is None else _node(parts)
-
-
-def _node(value: Any) -> expressions.Node:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise Refusal("want an integer or an expression", code="CK104", found=printable(value))
-    return expressions.parse(value) if isinstance(value, str) else expressions.Node("literal", value)
+    return dim, None if sizes is None else tuple(map(number, sizes)), None if parts is None else number(parts)
 
 
 def _acts(value: Any) -> tuple[Act, ...]:
